@@ -2,7 +2,6 @@
 
 PYTHON ?=
 ARGS ?=
-export MSGBUS_URL ?= memory://flights
 # The type checker comes complete from its wheel; without this it asks the network for a newer release of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
@@ -22,6 +21,7 @@ help: ## show this list
 
 setup: $(venv)/.installed ## make .venv with everything that the other targets need
 
+demo: export MSGBUS_URL ?= memory://flights
 demo: $(venv)/.demo ## run the example on real flight data; MSGBUS_URL names the broker
 	$(python) -m examples.flights $(ARGS)
 

@@ -138,8 +138,8 @@ class MemoryAdapter(Adapter):
     def abandon(self) -> None:
         """What the death of the process would do to its broker, for tests: the receivers vanish without a word.
 
-        What they held comes again, with `crashes` one higher; their acks are stale, and any other call on them, and on
-        the adapter until it is opened again, is `BrokerUnavailable`.
+        What they held comes again, with `crashes` one higher; their acks are stale, their `receive` is
+        `BrokerUnavailable`, and so is the adapter until it is opened again.
         """
         if self._session is not None:
             self._broker.end(self._session, crashed=True)

@@ -33,6 +33,8 @@ def leave(member: Member) -> None:
     for shard in group.levels.get(member.level, ()):
         if member in shard.takers:
             shard.takers.remove(member)
+        if shard.heir is member:  # also of its own shard, which it was to have again
+            shard.heir = None
         if shard.hold is not None and shard.hold.member is member:
             shard.hold = None
             if shard.heir is not None:

@@ -163,6 +163,18 @@ async def test_an_heir_that_drains_or_leaves_passes_its_claim_on() -> None:
         assert not any(one.tenure.draining for one in again)
 
 
+async def test_an_owner_that_is_to_have_its_shard_again_can_leave() -> None:
+    async with opened("a", topic=KEYED) as adapter:
+        (owner,) = await owners(adapter, 1)
+        await sent(adapter, one_a_shard())
+        await ready(owner)
+        (passing,) = await owners(adapter, 1)
+        await passing.close()
+        await owner.close()
+        (last,) = await owners(adapter, 1)
+        assert shards(await ready(last)) == set(range(SHARDS))
+
+
 async def test_messages_without_a_key_have_one_owner() -> None:
     async with opened("a", topic=KEYED) as adapter:
         members = await owners(adapter, 2)

@@ -58,9 +58,18 @@ def test_an_unknown_option_is_named_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize(
     ("option", "text"),
-    [("limit", "0"), ("limit", "many"), ("max_body", "-1"), ("shards", "1.5"),
-     ("durability", "some"), ("require_durable", "perhaps"), ("first_group_retention", "week"), ("dead_letter_retention", "inf"), ("dead_letter_retention", "nan")],
-)  # fmt: skip
+    [
+        ("limit", "0"),
+        ("limit", "many"),
+        ("max_body", "-1"),
+        ("shards", "1.5"),
+        ("durability", "some"),
+        ("require_durable", "perhaps"),
+        ("first_group_retention", "week"),
+        ("dead_letter_retention", "inf"),
+        ("dead_letter_retention", "nan"),
+    ],
+)
 def test_a_bad_value_is_refused_naming_option_and_value(option: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{option}.*{text}"):
         MemoryAdapter.from_url("memory://", {option: text}, AdapterSettings())

@@ -256,7 +256,7 @@ async def test_a_delay_is_kept_for_each_and_is_not_before() -> None:
         assert (await adapter.depth(T, "b")).delayed == 2
         for task in waiting:
             assert [one.envelope for one in await task] == [sooner]
-        assert time.monotonic() - started >= 0.05
+        assert 0.05 <= time.monotonic() - started < 5  # well before the receivers' own timeout: the delay woke them
         for source in sources:
             assert [one.envelope for one in await source.receive(1, 10)] == [later]
         assert time.monotonic() - started >= 0.2

@@ -157,9 +157,7 @@ class BrokerMachine(RuleBasedStateMachine):
         """It gets the oldest that it may have, as many as it may have."""
         taker = self.takers[index % len(self.takers)]
         received = self.run(taker.receiver.receive(limit, 0))
-        waiting = sorted(
-            (copy for copy in self.copies[taker.group] if copy.state == "ready"), key=lambda one: one.place
-        )
+        waiting = sorted((copy for copy in self.copies[taker.group] if copy.state == "ready"), key=lambda one: one.place)
         room = max(0, min(limit, taker.window - len(taker.held)))
         assert len(received) <= room
         if taker.draining:

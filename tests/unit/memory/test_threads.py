@@ -43,9 +43,7 @@ def test_two_threads_send_and_receive_through_a_narrow_topic() -> None:
     async def consume() -> dict[str, list[Received]]:
         adapter = await opened_named(name)
         got: dict[str, list[Received]] = {"a": [], "b": []}
-        await asyncio.gather(
-            *[drink(await receiver(adapter, group, exclusive=group == "a"), into) for group, into in got.items()]
-        )
+        await asyncio.gather(*[drink(await receiver(adapter, group, exclusive=group == "a"), into) for group, into in got.items()])
         for group in got:
             assert await adapter.depth(T, group) == Depth(0, 0, 0)
         await adapter.close()

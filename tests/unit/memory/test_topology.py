@@ -25,9 +25,7 @@ DEAD = dead_topic(T, "a")
         (TopicSpec(T), TopicSpec(T, kind="dead"), "kind 'dead'", "kind 'work'"),
     ],
 )
-async def test_what_differs_is_a_mismatch_and_changes_nothing(
-    there: TopicSpec, wanted: TopicSpec, expected: str, actual: str
-) -> None:
+async def test_what_differs_is_a_mismatch_and_changes_nothing(there: TopicSpec, wanted: TopicSpec, expected: str, actual: str) -> None:
     async with opened(topic=there) as adapter:
         for create in (True, False):
             with pytest.raises(TopologyMismatch) as caught:
@@ -70,9 +68,7 @@ async def test_without_create_nothing_is_made_and_what_is_missing_is_named() -> 
             await adapter.declare([TopicSpec(T, shards=4)], [], create=False)
         with pytest.raises(TopologyMismatch, match="retain 60"):
             await adapter.declare([TopicSpec(T, retain=60)], [], create=False)
-        await adapter.declare(
-            [TopicSpec(T), TopicSpec(T, keyed=True)], [ReceiverSpec(T, "a"), ReceiverSpec(T, None)], create=False
-        )
+        await adapter.declare([TopicSpec(T), TopicSpec(T, keyed=True)], [ReceiverSpec(T, "a"), ReceiverSpec(T, None)], create=False)
         await adapter.declare([TopicSpec(T, shards=4)], [])  # still open
         assert await adapter.groups(T) == ["a"]
 

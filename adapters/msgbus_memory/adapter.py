@@ -58,9 +58,7 @@ class MemoryAdapter(Adapter):
         self._settings = settings = settings or AdapterSettings()
         self._broker_name = broker_name
         self._broker = Broker() if broker_name is None else named(broker_name)
-        self._terms = Terms(
-            limit, max_body, settings.first_group_retention, settings.dead_letter_retention, max(settings.shards, 1)
-        )
+        self._terms = Terms(limit, max_body, settings.first_group_retention, settings.dead_letter_retention, max(settings.shards, 1))
         self._session: Session | None = None
 
     @classmethod
@@ -75,9 +73,7 @@ class MemoryAdapter(Adapter):
             )
         shown = f"memory://{place}"
         if parts.scheme != "memory" or parts.path not in ("", "/") or parts.fragment:
-            raise ConfigurationError(
-                f"the URL of the memory broker is memory:// or memory://NAME, nothing behind {shown}"
-            )
+            raise ConfigurationError(f"the URL of the memory broker is memory:// or memory://NAME, nothing behind {shown}")
         known: dict[str, Callable[[str], Any]] = {
             "dead_letter_retention": _seconds,
             "durability": _durability,
@@ -117,9 +113,7 @@ class MemoryAdapter(Adapter):
         One whose event loop was closed under it is first treated as crashed: what it held comes again, counted.
         """
         if self._settings.require_durable:
-            raise ConfigurationError(
-                f"require_durable: the memory broker loses its messages with the process; instead: {_DURABLE}"
-            )
+            raise ConfigurationError(f"require_durable: the memory broker loses its messages with the process; instead: {_DURABLE}")
         if self._settings.durability != "broker":
             raise UnsupportedFeature(f"durability {self._settings.durability!r}", "the memory broker", _DURABLE)
         loop = asyncio.get_running_loop()
@@ -148,9 +142,7 @@ class MemoryAdapter(Adapter):
         """`BrokerUnavailable` unless it is open."""
         self._opened()
 
-    async def declare(
-        self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], *, create: bool = True
-    ) -> None:
+    async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], *, create: bool = True) -> None:
         """As the contract says. A topic's shards stay open until a spec is keyed or names them: it is spread then."""
         self._opened()
         for spec in topics:

@@ -84,9 +84,7 @@ class Broker:
 
     # ------------------------------------------------------------------------------------------------------ declaring
 
-    def declare(
-        self, terms: Terms, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], create: bool
-    ) -> None:
+    def declare(self, terms: Terms, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], create: bool) -> None:
         """Makes topics and groups exist, or says with `TopologyMismatch` what differs or is missing."""
         with self._lock:
             self._reap()
@@ -217,9 +215,7 @@ class Broker:
                 outcomes[index] = BrokerUnavailable("the memory adapter is closed")
                 continue
             if len(envelope.body) > terms.max_body:
-                problem = (
-                    f"body of {len(envelope.body)} bytes: the memory broker takes {terms.max_body} (option max_body)"
-                )
+                problem = f"body of {len(envelope.body)} bytes: the memory broker takes {terms.max_body} (option max_body)"
                 outcomes[index] = MessageTooLarge(f"message {envelope.id!r}, {problem}")
                 continue
             if envelope.group is not None:

@@ -115,9 +115,7 @@ class Shard:
 
     def waiting(self) -> list[tuple[int, int, int, Message]]:
         """All that waits, oldest first."""
-        return sorted(
-            [(message.seq, -1, 0, message) for message in self.ready] + self.returned, key=lambda item: item[:2]
-        )
+        return sorted([(message.seq, -1, 0, message) for message in self.ready] + self.returned, key=lambda item: item[:2])
 
     def hand_out(self, member: Member, into: list[Received], count: int, bound: int) -> int:
         """Hands out up to `count`, oldest first, none from `bound` on; how many it was."""

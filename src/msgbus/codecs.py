@@ -1,0 +1,96 @@
+"""The codecs that come with msgbus: JSON by pydantic for any model it knows, and bytes as they are. Built once a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, TypeVar, cast
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+
+from msgbus.contract.codec import Codec
+
+M = TypeVar("M")
+
+JSON = "application/json"
+OCTETS = "application/octet-stream"
+
+
+def codec_for(model: Any, content_type: str | None) -> Codec[Any]:  # Any: a model is a class, a union, list[...]: whatever pydantic takes
+    """The codec of a model: bytes travel as they are, all else is JSON. Raises TypeError when pydantic knows no schema for it."""
+    if model is bytes:
+        return BytesCodec(content_type or OCTETS)
+    return JsonCodec(model, content_type or JSON)
+
+
+class BytesCodec(Codec[bytes]):
+    """The message is the body. Reads every content type."""
+
+    def __init__(self, content_type: str) -> None:
+        self.content_type = content_type
+
+    def accepts(self, content_type: str | None) -> bool:
+        return True
+
+    def encode(self, message: bytes) -> bytes:
+        if type(message) is not bytes:
+            raise TypeError(f"expected bytes, not {type(message).__name__}")
+        return message
+
+    def decode(self, body: bytes) -> bytes:
+        return body
+
+
+class JsonCodec(Codec[M], Generic[M]):
+    """JSON, validated by pydantic both ways: what does not fit the model is neither sent nor handed to a handler."""
+
+    def __init__(self, model: Any, content_type: str) -> None:  # Any: see codec_for
+        self.content_type = content_type
+        try:
+            adapter: TypeAdapter[M] = TypeAdapter(model)
+        except Exception as error:  # pydantic raises several kinds of error for a type that it has no schema for
+            raise TypeError(f"pydantic knows no schema for {model!r}: {error}") from error
+        self._adapter = adapter
+        self._validate = adapter.validate_json
+        self._model = model if isinstance(model, type) and issubclass(model, BaseModel) else None
+        self._accepted: set[str] = {JSON}
+
+    def decode(self, body: bytes) -> M:
+        return self._validate(body)
+
+    def accepts(self, content_type: str | None) -> bool:
+        if content_type is None or content_type in self._accepted:
+            return True
+        base, _, parameters = content_type.lower().partition(";")
+        base = base.strip()
+        fits = base in {JSON, "text/json"} or (base.startswith("application/") and base.endswith("+json"))
+        for parameter in parameters.split(";"):
+            name, _, value = parameter.strip().partition("=")
+            if name == "charset" and value.strip('" ') not in ("utf-8", "utf8", "us-ascii"):
+                fits = False
+        if fits and len(self._accepted) < 64:  # bounded: the text comes from outside
+            self._accepted.add(content_type)
+        return fits
+
+    def encode(self, message: M) -> bytes:
+        if self._model is not None and not isinstance(message, self._model):
+            raise TypeError(f"expected {self._model.__name__}, not {type(message).__name__}")
+        try:
+            body = self._adapter.dump_json(message, warnings="error")
+        except (PydanticSerializationError, ValidationError, RecursionError) as error:
+            raise ValueError(str(error)) from error
+        if b"null" in body and _holds_nan(self._adapter.dump_python(message)):
+            raise ValueError("NaN and Infinity are not JSON: they would arrive as null")
+        return body
+
+
+def _holds_nan(value: object) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    items: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        items = cast("Mapping[object, object]", value).values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        items = cast("Iterable[object]", value)
+    return any(_holds_nan(item) for item in items)

@@ -1,0 +1,159 @@
+"""The delivery as its handler sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Coroutine, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar, overload
+
+from typing_extensions import Unpack
+
+from msgbus.contract.envelope import (
+    CE_CAUSATION,
+    CE_CORRELATION,
+    CE_IDEMPOTENCY_KEY,
+    CE_TIME,
+    HIDDEN,
+    OWN,
+    Envelope,
+    parse_utc,
+)
+from msgbus.publishing import Publishes, PublishManyOptions, PublishOptions, Receipt, SyncPublishes, handling
+from msgbus.topic import Topic
+
+M = TypeVar("M")
+R = TypeVar("R")
+
+
+class Facts:
+    """What a handler can know of its delivery. Read from the envelope when asked."""
+
+    __slots__ = ("_envelope", "_published_at", "_publisher", "attempt", "deadline", "group", "topic")
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        publisher: Publishes,
+        *,
+        topic: str,
+        group: str,
+        attempt: int,
+        deadline: datetime | None = None,
+    ) -> None:
+        self._envelope = envelope
+        self._publisher = publisher
+        self._published_at: datetime | None = None
+        self.topic = topic
+        """The topic's name, without the namespace."""
+        self.group = group
+        self.attempt = attempt
+        """Which run of the handler for this message this is, from 1."""
+        self.deadline = deadline
+        """When the handler's `timeout` ends this run; None without one."""
+
+    @property
+    def id(self) -> str:
+        return self._envelope.id
+
+    @property
+    def key(self) -> str | None:
+        """The ordering key."""
+        return self._envelope.key
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers that the publisher gave; msgbus's own are facts of their own."""
+        return {name: value for name, value in self._envelope.headers.items() if name not in HIDDEN and not name.startswith(OWN)}
+
+    @property
+    def published_at(self) -> datetime:
+        """When it was first published, by the publisher's clock; when this process first looked, where the message does not say."""
+        if self._published_at is None:
+            self._published_at = parse_utc(self._envelope.headers.get(CE_TIME)) or datetime.now(UTC)
+        return self._published_at
+
+    @property
+    def idempotency_key(self) -> str:
+        """Names the one effect intended; the publisher's, else the id."""
+        return self._envelope.headers.get(CE_IDEMPOTENCY_KEY) or self._envelope.id
+
+    @property
+    def correlation_id(self) -> str:
+        """The conversation; the first message's id, handed on by all that follow from it."""
+        return self._envelope.headers.get(CE_CORRELATION) or self._envelope.id
+
+    @property
+    def causation_id(self) -> str | None:
+        """The id of the message whose handling published this one."""
+        return self._envelope.headers.get(CE_CAUSATION)
+
+    @property
+    def envelope(self) -> Envelope:
+        """What travelled, untouched: for middleware and for those who need the body."""
+        return self._envelope
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(topic={self.topic!r}, group={self.group!r}, id={self.id!r}, attempt={self.attempt})"
+
+
+class Context(Facts, Publishes):
+    """The delivery in an async handler. What it publishes is sent at once and carries on correlation and causation."""
+
+    __slots__ = ()
+
+    @overload
+    async def publish(self, topic: Topic[M], message: M, /, **options: Unpack[PublishOptions]) -> Receipt: ...
+    @overload
+    async def publish(self, topic: str, message: object, /, **options: Unpack[PublishOptions]) -> Receipt: ...
+    async def publish(self, topic: Topic[Any] | str, message: Any, /, **options: Unpack[PublishOptions]) -> Receipt:
+        """Sent at once and confirmed, as `Publishes.publish`; again if the handler is run again."""
+        previous = handling.set(self._envelope)
+        try:
+            return await self._publisher.publish(topic, message, **options)
+        finally:
+            handling.reset(previous)
+
+    async def publish_many(
+        self, topic: Topic[M], messages: Iterable[M] | AsyncIterable[M], /, **options: Unpack[PublishManyOptions]
+    ) -> int:
+        """Sent at once and confirmed, as `Publishes.publish_many`; again if the handler is run again."""
+        previous = handling.set(self._envelope)
+        try:
+            return await self._publisher.publish_many(topic, messages, **options)
+        finally:
+            handling.reset(previous)
+
+
+class SyncContext(Facts, SyncPublishes):
+    """The delivery in a sync handler, which runs in a thread. Publishing is a plain call that blocks this thread until the confirm."""
+
+    __slots__ = ("_loop",)
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        publisher: Publishes,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        topic: str,
+        group: str,
+        attempt: int,
+    ) -> None:
+        super().__init__(envelope, publisher, topic=topic, group=group, attempt=attempt)
+        self._loop = loop
+
+    @overload
+    def publish(self, topic: Topic[M], message: M, /, **options: Unpack[PublishOptions]) -> Receipt: ...
+    @overload
+    def publish(self, topic: str, message: object, /, **options: Unpack[PublishOptions]) -> Receipt: ...
+    def publish(self, topic: Topic[Any] | str, message: Any, /, **options: Unpack[PublishOptions]) -> Receipt:
+        """As `Context.publish`; call it from the handler's thread."""
+        return self._wait(self._publisher.publish(topic, message, **options))
+
+    def publish_many(self, topic: Topic[M], messages: Iterable[M], /, **options: Unpack[PublishManyOptions]) -> int:
+        """As `Context.publish_many`; call it from the handler's thread."""
+        return self._wait(self._publisher.publish_many(topic, messages, **options))
+
+    def _wait(self, publishing: Coroutine[Any, Any, R]) -> R:
+        return asyncio.run_coroutine_threadsafe(publishing, self._loop).result()

@@ -1,0 +1,32 @@
+"""Where things are: a topic, a group of it, and the parts that a topic is made of. Pure functions, the same on every broker."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+from msgbus.contract.envelope import Priority
+
+DEAD_GROUP = "keeper"
+"""The one group of a dead-letter destination, declared with it, so that a dead letter always has somewhere to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One physical stream of a topic: a shard of a keyed one, or a priority of an unkeyed one. An adapter spells its name."""
+
+    shard: int = 0
+    priority: Priority = "normal"
+
+
+def shard_of(key: str | None, shards: int) -> int:
+    """The shard of a keyed topic that a key goes to: crc32 of its UTF-8, so that other languages agree. No key: shard 0.
+
+    Kafka decides by its own partitioner instead.
+    """
+    return zlib.crc32(key.encode()) % shards if key is not None and shards > 1 else 0
+
+
+def dead_topic(topic: str, group: str) -> str:
+    """The destination of a group's dead letters: a topic of its own, which no user's topic can be called."""
+    return f"{topic}.{group}.dead"

@@ -1,0 +1,124 @@
+"""Health: what a bus knows of itself and its broker, at a glance and without I/O. Kept up by a monitor in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from msgbus.contract.adapter import Adapter, HasGroups
+from msgbus.errors import BrokerError
+from msgbus.inbound.runner import Runner
+
+log = logging.getLogger("msgbus")
+
+CHECK_UNCLAIMED = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionHealth:
+    """One subscription of this process. `counts`: done, dropped, dead, retried, failed, expired, released, stale_acks since it started."""
+
+    name: str
+    topic: str
+    group: str | None
+    state: str
+    running: int
+    waiting: int
+    intake_stopped: bool
+    last_error: str | None
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`status`: "ok"; "degraded" (works, but someone should look); "down" (the broker is away, or a subscription ended)."""
+
+    status: Literal["ok", "degraded", "down"]
+    problems: tuple[str, ...]
+    subscriptions: tuple[SubscriptionHealth, ...]
+    unclaimed_topics: tuple[str, ...]
+    """Topics this bus published to that no group has ever claimed: their messages are kept for the first group, for a while."""
+
+    @property
+    def live(self) -> bool:
+        """Worth keeping: a restart would not help."""
+        return not any(subscription.state == "stopped" for subscription in self.subscriptions)
+
+
+class Monitor:
+    """Pings the broker while a bus is entered, and looks for topics nobody claims."""
+
+    def __init__(self, adapter: Adapter, interval: float, published: Callable[[], Iterable[str]]) -> None:
+        self.problem: str | None = None
+        """Why the last ping failed; None: it did not."""
+        self.unclaimed: tuple[str, ...] = ()
+        self._adapter = adapter
+        self._interval = interval
+        self._published = published
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        next_look = loop.time() + self._interval
+        while True:
+            try:
+                async with asyncio.timeout(self._interval):
+                    await self._adapter.ping()
+                    if loop.time() >= next_look:
+                        next_look = loop.time() + CHECK_UNCLAIMED
+                        await self._look_for_unclaimed()
+            except (BrokerError, TimeoutError) as error:
+                self._note(str(error) or f"no answer within {self._interval:g} s")
+            else:
+                self._note(None)
+            await asyncio.sleep(self._interval)
+
+    def _note(self, problem: str | None) -> None:
+        if (problem is None) != (self.problem is None):
+            log.log(logging.INFO if problem is None else logging.WARNING, "broker: %s", problem or "it is back")
+        self.problem = problem
+
+    async def _look_for_unclaimed(self) -> None:
+        adapter = self._adapter
+        if isinstance(adapter, HasGroups):
+            self.unclaimed = tuple([topic for topic in self._published() if not await adapter.groups(topic)])
+
+
+def assess(monitor: Monitor, runners: Sequence[Runner], ended: Iterable[str]) -> Health:
+    """The health of a bus, from what its parts say just now."""
+    problems: list[str] = []
+    down = False
+    if monitor.problem is not None:
+        down = True
+        problems.append(f"broker: {monitor.problem}")
+    for name in ended:
+        down = True
+        problems.append(f"{name}: ended by an error; the process must be restarted")
+    subscriptions: list[SubscriptionHealth] = []
+    for runner in runners:
+        plan = runner.plan
+        state = runner.state
+        if state == "waiting for broker":
+            down = True
+            problems.append(f"{plan.name}: waiting for the broker: {runner.problem}")
+        elif state in ("circuit open", "quarantine"):
+            problems.append(f"{plan.name}: {state}: {runner.last_error or 'messages that processes died with'}")
+        if runner.intake_stopped:
+            problems.append(f"{plan.name}: nothing new is taken while {runner.waiting} failed messages wait")
+        subscriptions.append(
+            SubscriptionHealth(
+                plan.name,
+                plan.topic.name,
+                plan.group,
+                state,
+                runner.running,
+                runner.waiting,
+                runner.intake_stopped,
+                runner.last_error,
+                dict(runner.counts),
+            )
+        )
+    return Health("down" if down else "degraded" if problems else "ok", tuple(problems), tuple(subscriptions), monitor.unclaimed)

@@ -1,0 +1,1 @@
+"""A message's way in, in the order it is walked: runner, lanes, route, settle; breaker watches."""

@@ -1,0 +1,61 @@
+"""Job: a received message on its way through a subscription, until it is settled; and the source that it came from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from msgbus.contract.adapter import Received, Receiver
+from msgbus.contract.envelope import ATTEMPT, Envelope, Priority
+from msgbus.contract.outcome import Outcome
+
+
+class Source:
+    """An open receiver of a subscription, one a priority level, and how much of its window is taken."""
+
+    __slots__ = ("calm", "held", "level", "ready", "receiver", "room", "window")
+
+    def __init__(self, receiver: Receiver, level: Priority, window: int, ready: deque[Job]) -> None:
+        self.receiver = receiver
+        self.level: Priority = level
+        self.ready = ready
+        """Where its jobs wait for a free slot."""
+        self.window = window
+        self.held = 0
+        """Messages handed out by it and not settled."""
+        self.room: asyncio.Future[None] | None = None
+        """Set while its pump waits for room."""
+        self.calm = 0
+        """In quarantine: deliveries in a row that were no suspects."""
+
+
+class Job:
+    """What the runner knows of an un-settled message. `received` and `source` are those of the newest copy that came."""
+
+    __slots__ = ("attempt", "envelope", "outcome", "received", "since", "source", "tries", "twins", "waited")
+
+    def __init__(self, received: Received, source: Source, now: float) -> None:
+        envelope = received.envelope
+        self.received = received
+        self.source = source
+        self.envelope: Envelope = envelope
+        self.since = now
+        """When it came, by the loop's clock."""
+        self.attempt = 1 if envelope.group is None else runs_before(envelope) + 1
+        """Which run of the handler comes next, or is under way, from 1."""
+        self.tries = 0
+        """Runs in this process that a wait in this process followed."""
+        self.waited = 0.0
+        """Seconds of those waits together."""
+        self.twins: list[tuple[Source, Received]] | None = None
+        """Other copies of the same message that came while this one was un-settled: settled with it."""
+        self.outcome: Outcome | None = None
+        """What is decided and could not be carried out yet: the handler is not run again for it."""
+
+
+def runs_before(envelope: Envelope) -> int:
+    """How often the handler ran for it before, by the bookkeeping of a group's own copy; 0 for what makes no sense."""
+    text = envelope.headers.get(ATTEMPT)
+    if text is None or not text.isascii() or not text.isdigit() or len(text) > 9:
+        return 0
+    return int(text)

@@ -1,0 +1,125 @@
+"""Outcome → broker: the copies that retries and dead letters are, and how a copy and the ack of its original go together.
+
+A message is in its source or at its new place at every instant, maybe in both, never in neither: the copy is confirmed before the
+original is acked. What settles a delivery passes no user's middleware.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import platform
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from msgbus.contract.adapter import Forwarding, Received, Receiver, SendOutcome
+from msgbus.contract.address import dead_topic
+from msgbus.contract.envelope import ATTEMPT, CE_TIME, DEAD, FIRST_FAILED_AT, NOT_BEFORE, Envelope, utc_text
+from msgbus.contract.outcome import Dead
+from msgbus.errors import MsgbusError
+from msgbus.outbound.pipeline import Pipeline
+
+MAX_ERROR = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Settler:
+    """Settles for one subscription. `topic` is the physical name; `handler` the subscription's name in records."""
+
+    pipeline: Pipeline
+    topic: str
+    group: str
+    handler: str
+    max_delay: float | None
+
+    async def retry(self, receiver: Receiver, received: Received, *, runs: int, delay: float, failed_at: float) -> SendOutcome:
+        """A copy for this group alone, not before `delay` seconds from now; `runs` of the handler are behind it."""
+        source = received.envelope
+        headers = {name: value for name, value in source.headers.items() if name != NOT_BEFORE}
+        headers[ATTEMPT] = str(runs)
+        headers.setdefault(FIRST_FAILED_AT, utc_text(failed_at))
+        if self.max_delay is not None and delay > self.max_delay:  # it goes round again with the rest of its time
+            headers[NOT_BEFORE] = repr(time.time() + delay)
+            delay = self.max_delay
+        copy = Envelope(
+            source.id,
+            source.topic,
+            source.body,
+            headers,
+            source.key,
+            group=self.group,
+            priority=source.priority,
+            delay=delay,
+            expires_at=source.expires_at,
+        )
+        return await self._forward(receiver, received, copy)
+
+    async def bury(
+        self, receiver: Receiver, received: Received, dead: Dead, *, runs: int, deliveries: int, failed_at: float
+    ) -> SendOutcome:
+        """A dead letter: body and headers as they came, and the record of why."""
+        source = received.envelope
+        record = self._record(source, dead, runs=runs, deliveries=deliveries, failed_at=failed_at)
+        copy = Envelope(
+            source.id,
+            dead_topic(self.topic, self.group),
+            source.body,
+            {**{name: value for name, value in source.headers.items() if not name.startswith(DEAD)}, **record},
+            source.key,
+            priority=source.priority,
+            expires_at=source.expires_at,
+        )
+        return await self._forward(receiver, received, copy)
+
+    async def _forward(self, receiver: Receiver, received: Received, copy: Envelope) -> SendOutcome:
+        timeout = self.pipeline.publish_timeout
+        if isinstance(receiver, Forwarding):
+            return await receiver.forward(received, copy, timeout=timeout)
+        outcome = (await self.pipeline.deliver([copy], asyncio.get_running_loop().time() + timeout))[0]
+        if outcome is None:
+            receiver.ack(received)
+        return outcome
+
+    def _record(self, source: Envelope, dead: Dead, *, runs: int, deliveries: int, failed_at: float) -> Mapping[str, str]:
+        error = dead.error
+        text = error if isinstance(error, str) else str(error) or type(error).__name__
+        record = {
+            "reason": dead.reason,
+            "topic": self.topic,
+            "group": self.group,
+            "handler": self.handler,
+            "error-type": "" if isinstance(error, str) else f"{type(error).__module__}.{type(error).__qualname__}",
+            "error-message": _header_text(text, MAX_ERROR),
+            "traceback-digest": "" if isinstance(error, str) else _digest(error),
+            "attempts": str(runs),
+            "deliveries": str(deliveries),
+            "first-published-at": source.headers.get(CE_TIME, ""),
+            "first-failed-at": source.headers.get(FIRST_FAILED_AT) or utc_text(failed_at),
+            "dead-at": utc_text(time.time()),
+            "source-id": source.id,
+            "host": platform.node(),
+            "version": _VERSION,
+        }
+        return {DEAD + name: value for name, value in record.items()}
+
+
+_VERSION = version("msgbus")
+
+
+def _header_text(text: str, limit: int) -> str:
+    """Text that any broker carries in a header: one line, at most `limit` bytes of UTF-8."""
+    line = " ".join(text.split())
+    line = "".join(character for character in line if character.isprintable())
+    return line.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+
+
+def _digest(error: BaseException) -> str:
+    """The same for failures at the same place: a hash of the frames, without the text of the lines."""
+    cause = error.__cause__ if isinstance(error, MsgbusError) and error.__cause__ is not None else error
+    frames = "\n".join(
+        f"{frame.f_code.co_filename}:{frame.f_code.co_name}:{line}" for frame, line in traceback.walk_tb(cause.__traceback__)
+    )
+    return hashlib.sha256(frames.encode()).hexdigest()

@@ -1,0 +1,171 @@
+"""Pipeline: envelope → publish middleware → the adapter. Concurrent publishes are batched by themselves; nothing waits on a timer.
+
+Who publishes alone goes at once. Who publishes to a topic while another is on the way to it joins the next batch. What was
+`BrokerUnavailable` (stored nowhere) is sent again, same id, with back-off, until `publish_timeout`; nothing else is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from msgbus.contract.adapter import Adapter, SendOutcome
+from msgbus.contract.envelope import Envelope
+from msgbus.errors import BrokerUnavailable, PublishUnknown
+from msgbus.middleware.base import Middleware, compose
+
+MAX_BATCH = 500
+"""Messages in one `Adapter.send`."""
+_GRACE = 1.0
+"""Seconds that an adapter may be late with its outcomes before the core answers in its place."""
+
+
+class _Waiting(NamedTuple):
+    envelope: Envelope
+    deadline: float
+    outcome: asyncio.Future[SendOutcome]
+
+
+class Pipeline:
+    """Sends envelopes. Made when a bus is entered; all calls come from its event loop."""
+
+    def __init__(self, adapter: Adapter, middleware: Sequence[Middleware], publish_timeout: float) -> None:
+        self.publish_timeout = publish_timeout
+        self._adapter = adapter
+        self._loop = asyncio.get_running_loop()
+        self._under_way: set[str] = set()  # topics with a send on the way
+        self._waiting: dict[str, list[_Waiting]] = {}
+        self._flushes: set[asyncio.Task[None]] = set()
+        innermost: Callable[[Envelope], Awaitable[None]] = self._send
+        self.publish = compose(middleware, "publish", innermost)
+        self._plain = self.publish is innermost
+
+    async def _send(self, envelope: Envelope) -> None:
+        """Returns once it is confirmed; raises the outcome otherwise."""
+        topic = envelope.topic
+        deadline = self._loop.time() + self.publish_timeout
+        if topic in self._under_way:
+            future: asyncio.Future[SendOutcome] = self._loop.create_future()
+            self._waiting.setdefault(topic, []).append(_Waiting(envelope, deadline, future))
+            outcome = await future
+        else:
+            self._under_way.add(topic)
+            try:
+                outcome = (await self.deliver([envelope], deadline))[0]
+            finally:
+                self._landed(topic)
+        if outcome is not None:
+            raise outcome
+
+    def _landed(self, topic: str) -> None:
+        """A send to this topic has ended: who came meanwhile goes now, together."""
+        if self._waiting.get(topic):
+            task = self._loop.create_task(self._flush(topic), name=f"msgbus publish {topic}")
+            self._flushes.add(task)
+            task.add_done_callback(self._flushes.discard)
+        else:
+            self._under_way.discard(topic)
+
+    async def _flush(self, topic: str) -> None:
+        waiting = self._waiting[topic]
+        while waiting:
+            batch, waiting[:MAX_BATCH] = waiting[:MAX_BATCH], []
+            now = self._loop.time()
+            sendable: list[_Waiting] = []
+            for entry in batch:
+                if entry.outcome.done():  # the publisher was cancelled before anything was sent
+                    continue
+                if entry.deadline <= now:
+                    entry.outcome.set_result(BrokerUnavailable(f"nothing could be sent to {topic!r} for {self.publish_timeout:g} s"))
+                else:
+                    sendable.append(entry)
+            if not sendable:
+                continue
+            try:
+                outcomes = await self.deliver([entry.envelope for entry in sendable], sendable[0].deadline)
+            except BaseException as error:
+                for entry in [*sendable, *waiting]:
+                    if not entry.outcome.done():
+                        entry.outcome.set_exception(
+                            PublishUnknown(entry.envelope.id, "cancelled") if isinstance(error, asyncio.CancelledError) else error
+                        )
+                waiting.clear()
+                self._under_way.discard(topic)
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+                return  # raised on the publishers
+            for entry, outcome in zip(sendable, outcomes, strict=True):
+                if not entry.outcome.done():
+                    entry.outcome.set_result(outcome)
+        self._under_way.discard(topic)
+
+    async def deliver(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
+        """One outcome an envelope. What was stored nowhere, the broker being away, is sent again until the loop's clock says `deadline`."""
+        outcomes = await self._once(envelopes, deadline)
+        if outcomes.count(None) == len(outcomes):
+            return outcomes
+        pause = 0.05
+        while again := _to_send_again(envelopes, outcomes):
+            remaining = deadline - self._loop.time()
+            if remaining <= 0:
+                break
+            await asyncio.sleep(min(remaining, pause * random.uniform(0.5, 1.0)))
+            pause = min(pause * 2, 1.0)
+            for index, outcome in zip(again, await self._once([envelopes[index] for index in again], deadline), strict=True):
+                outcomes[index] = outcome
+        return outcomes
+
+    async def _once(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
+        timeout = max(0.001, deadline - self._loop.time())
+        try:
+            async with asyncio.timeout(timeout + _GRACE):
+                return await self._adapter.send(envelopes, timeout=timeout)
+        except TimeoutError:
+            return [PublishUnknown(envelope.id, f"no confirm within {timeout:.3g} s") for envelope in envelopes]
+
+    async def send_many(self, envelopes: Sequence[Envelope]) -> list[BaseException | None]:
+        """One outcome an envelope; the order of a key is kept. Where there is middleware, each envelope passes it on its own."""
+        if self._plain:
+            return [*await self.deliver(envelopes, self._loop.time() + self.publish_timeout)]
+        outcomes: list[BaseException | None] = [None] * len(envelopes)
+        lanes: dict[str, list[int]] = {}
+        for index, envelope in enumerate(envelopes):
+            lanes.setdefault(f"k{envelope.key}" if envelope.key is not None else f"n{index}", []).append(index)
+
+        async def send_lane(indexes: list[int]) -> None:
+            for position, index in enumerate(indexes):
+                try:
+                    await self.publish(envelopes[index])
+                except Exception as error:  # the publisher's, given to it below
+                    for unsent in indexes[position:]:
+                        outcomes[unsent] = error
+                    return
+
+        async with asyncio.TaskGroup() as group:
+            for indexes in lanes.values():
+                group.create_task(send_lane(indexes))
+        return outcomes
+
+    async def close(self, timeout: float) -> None:
+        """Waits for what is on the way; what has no outcome after `timeout` seconds is unknown to its publisher."""
+        if self._flushes:
+            _, late = await asyncio.wait(self._flushes, timeout=timeout)
+            for task in late:
+                task.cancel()
+
+
+def _to_send_again(envelopes: Sequence[Envelope], outcomes: Sequence[SendOutcome]) -> list[int]:
+    """Which may be sent again without overtaking: those that were unavailable, unless a later one of their key got further."""
+    again: list[int] = []
+    passed: set[str] = set()
+    for index in range(len(outcomes) - 1, -1, -1):
+        key = envelopes[index].key
+        if not isinstance(outcomes[index], BrokerUnavailable):
+            if key is not None:
+                passed.add(key)
+        elif key is None or key not in passed:
+            again.append(index)
+    again.reverse()
+    return again

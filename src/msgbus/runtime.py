@@ -1,0 +1,277 @@
+"""Runtime: what exists while a bus is entered: settings read, an adapter open, pipelines composed. One a time it is entered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+from msgbus.codecs import codec_for
+from msgbus.contract.adapter import Adapter, ReceiverSpec, TopicSpec
+from msgbus.contract.address import DEAD_GROUP, dead_topic
+from msgbus.contract.envelope import Envelope, check_group, check_topic
+from msgbus.contract.idempotency import IdempotencyStore
+from msgbus.errors import BrokerUnavailable, ConfigurationError, InvalidName, MsgbusError, PublishManyError
+from msgbus.health import Monitor
+from msgbus.inbound.plan import Defaults, Plan, check_topics, known_topics, plan_all
+from msgbus.inbound.settle import Settler
+from msgbus.inbound.subscription import Subscription
+from msgbus.middleware.base import Middleware
+from msgbus.outbound.pipeline import Pipeline
+from msgbus.outbound.writer import Writer, topic_spec
+from msgbus.publishing import PublishManyOptions, PublishOptions, Receipt
+from msgbus.retry import Retry
+from msgbus.settings import Settings
+from msgbus.topic import Topic
+
+log = logging.getLogger("msgbus")
+
+T = TypeVar("T")
+
+CHUNK = 256
+"""Messages of `publish_many` sent at once; as many again are made ready meanwhile."""
+
+
+class Runtime:
+    """Made by `open_runtime`. Every method is for the event loop that opened it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        adapter: Adapter,
+        *,
+        service: str | None,
+        subscriptions: Sequence[Subscription],
+        retry: Retry,
+        store: IdempotencyStore | None,
+        middleware: Sequence[Middleware],
+    ) -> None:
+        if settings.namespace:
+            check_topic(settings.namespace.rstrip(".") or settings.namespace)
+        if service is not None:
+            try:
+                check_group(service)
+            except InvalidName as error:
+                raise InvalidName(f"the service's name is the default group: {error}") from None
+        self.settings = settings
+        self.adapter = adapter
+        self.service = service
+        self.retry = retry
+        self.middleware = tuple(middleware)
+        self.namespace = settings.namespace
+        self.publish_timeout = settings.publish_timeout.total_seconds()
+        self.close_timeout = settings.close_timeout.total_seconds()
+        self.topics = known_topics(subscriptions)
+        self.defaults = Defaults(service=service, namespace=settings.namespace, concurrency=settings.concurrency, retry=retry, store=store)
+        self.subscriptions = tuple(subscriptions)
+        self.plans: list[Plan] = []
+        self._writers: dict[str, Writer[Any]] = {}
+        self._declaring = asyncio.Lock()
+        self.pipeline = Pipeline(adapter, middleware, self.publish_timeout)
+        self.monitor = Monitor(
+            adapter,
+            min(2.0, settings.heartbeat.total_seconds()),
+            lambda: [writer.spec.name for writer in self._writers.values()],
+        )
+        self._monitoring: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------ opening and closing
+
+    async def open(self) -> None:
+        """Connects, checks what the program promises against what the broker can do, and declares the topics it names."""
+        await self.patiently(self.adapter.open)
+        try:
+            check_topics(self.topics.values(), self.adapter)
+            self.plans = plan_all(self.subscriptions, self.topics, self.defaults, self.adapter)
+            await self.declare([topic_spec(topic, self.namespace, self.adapter.name) for topic in self.topics.values()])
+        except BaseException:
+            await self._close_adapter()
+            raise
+        self._monitoring = asyncio.create_task(self.monitor.run(), name="msgbus monitor")
+
+    async def close(self) -> None:
+        """Publishes under way get their outcome; then the adapter is closed. At most twice `close_timeout`."""
+        if self._monitoring is not None:
+            self._monitoring.cancel()
+            await asyncio.wait([self._monitoring])
+        await self.pipeline.close(self.close_timeout)
+        await self._close_adapter()
+
+    async def _close_adapter(self) -> None:
+        try:
+            async with asyncio.timeout(self.close_timeout):
+                await self.adapter.close()
+        except TimeoutError:
+            log.warning("the connection to the broker did not close within %g s; it is left behind", self.close_timeout)
+
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Tries until `publish_timeout` while the broker is away, with back-off; everything else is raised at once."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.publish_timeout
+        pause = 0.1
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await call()
+            except TimeoutError:
+                raise BrokerUnavailable(f"the broker did not answer within {self.publish_timeout:g} s") from None
+            except BrokerUnavailable:
+                if loop.time() + pause >= deadline:
+                    raise
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, 2.0)
+
+    async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec] = ()) -> None:
+        """Makes topics and groups exist; with `topology=check`, fails with what is missing instead."""
+        create = self.settings.topology == "create"
+        await self.patiently(lambda: self.adapter.declare(topics, receivers, create=create))
+
+    async def declare_subscriptions(self) -> list[Plan]:
+        """Declares every topic and group that this process consumes, with their dead letters; the plans as the broker has them."""
+        self.plans = [await self.adopt(plan) for plan in self.plans]
+        grouped = [plan for plan in self.plans if plan.group is not None]
+        topics = {plan.physical: topic_spec(plan.topic, self.namespace, self.adapter.name) for plan in self.plans}
+        dead = [dead_spec(plan.physical, plan.group) for plan in grouped if plan.group is not None]
+        await self.declare([*topics.values(), *dead], [plan.receiver for plan in grouped])
+        return self.plans
+
+    async def adopt(self, plan: Plan) -> Plan:
+        """A plain name's order is what the broker's topic has: ordered where it is keyed."""
+        if not plan.plain or plan.ordered:
+            return plan
+        shards = await self.patiently(lambda: self.adapter.shards(plan.physical))
+        return plan if shards is None else replace(plan, ordered=True)
+
+    # ------------------------------------------------------------ publishing
+
+    async def publish(self, topic: Topic[Any] | str, message: Any, options: PublishOptions) -> Receipt:
+        """As `Publishes.publish`."""
+        writer = self._writers.get(topic if isinstance(topic, str) else topic.name)
+        if writer is None or (writer.topic is not topic and not isinstance(topic, str)) or not writer.declared:
+            writer = await self.writer(topic)
+        envelope = writer.write(message, options)
+        await self.pipeline.publish(envelope)
+        return Receipt(envelope.id, writer.topic.name, "confirmed")
+
+    async def publish_many(self, topic: Topic[Any] | str, messages: Iterable[Any] | AsyncIterable[Any], options: PublishManyOptions) -> int:
+        """As `Publishes.publish_many`: one chunk is on the way while the next is read and written."""
+        writer = await self.writer(topic)
+        naming = {"id", "key", "idempotency_key"} & options.keys()
+        if naming:
+            raise TypeError(f"publish_many() has no option {', '.join(sorted(naming))}: it names one message")
+        confirmed = 0
+        sending: asyncio.Task[list[BaseException | None]] | None = None
+        try:
+            async for chunk, problem in _chunks(messages, writer, options):
+                if sending is not None:
+                    confirmed = _count(await sending, confirmed)
+                    sending = None
+                if chunk:
+                    sending = asyncio.create_task(self.pipeline.send_many(chunk), name="msgbus publish_many")
+                if problem is not None:
+                    if sending is not None:
+                        confirmed, sending = _count(await sending, confirmed), None
+                    raise PublishManyError(confirmed, 1, confirmed) from problem
+            if sending is not None:
+                confirmed = _count(await sending, confirmed)
+        finally:
+            if sending is not None and not sending.done():
+                sending.cancel()
+        return confirmed
+
+    async def writer(self, topic: Topic[Any] | str) -> Writer[Any]:
+        """The topic's writer, its topic declared. A plain name means the bus's Topic of that name, else one of any JSON."""
+        name = topic if isinstance(topic, str) else topic.name
+        known = self._writers.get(name)
+        if known is None:
+            known = self._writers[name] = self._make_writer(topic, name)
+        elif not isinstance(topic, str) and known.topic is not topic and known.topic != topic:
+            if known.typed:
+                raise ConfigurationError(f"another Topic({name!r}) of this bus differs from this one; declare it in one place")
+            known = self._writers[name] = self._make_writer(topic, name)
+        if not known.declared:
+            async with self._declaring:
+                if not known.declared:
+                    await self.declare([known.spec])
+                    known.declared = True
+        return known
+
+    def _make_writer(self, topic: Topic[Any] | str, name: str) -> Writer[Any]:
+        typed = True
+        if isinstance(topic, str):
+            found = self.topics.get(name)
+            typed = found is not None
+            topic = found if found is not None else Topic(name, Any)
+        elif self.topics.setdefault(name, topic) != topic:
+            raise ConfigurationError(f"another Topic({name!r}) of this bus differs from this one; declare it in one place")
+        check_topic(self.namespace + name)
+        check_topics([topic], self.adapter)
+        return Writer(
+            topic,
+            codec_of(topic),
+            namespace=self.namespace,
+            source=self.service or "msgbus",
+            adapter_name=self.adapter.name,
+            limits=self.adapter.limits,
+            capabilities=self.adapter.capabilities,
+            typed=typed,
+        )
+
+    def settler(self, physical: str, group: str, handler: str) -> Settler:
+        """Who carries out what becomes of a group's deliveries."""
+        return Settler(self.pipeline, physical, group, handler, self.adapter.limits.delay)
+
+
+def dead_spec(physical: str, group: str) -> TopicSpec:
+    """Where a group's dead letters are kept."""
+    return TopicSpec(dead_topic(physical, group), kind="dead")
+
+
+def dead_receiver(physical: str, group: str, window: int) -> ReceiverSpec:
+    """Takes a group's dead letters."""
+    return ReceiverSpec(dead_topic(physical, group), DEAD_GROUP, window=window)
+
+
+def codec_of(topic: Topic[Any]) -> Any:  # Any: a codec of the topic's model, which is known at run time only
+    """The codec of a topic's model. Raises `ConfigurationError` when pydantic has no schema for it."""
+    try:
+        return codec_for(topic.model, topic.content_type)
+    except TypeError as error:
+        raise ConfigurationError(f"Topic({topic.name!r}): {error}") from error
+
+
+async def _chunks(
+    messages: Iterable[Any] | AsyncIterable[Any], writer: Writer[Any], options: PublishManyOptions
+) -> AsyncIterator[tuple[list[Envelope], Exception | None]]:
+    """Written envelopes, `CHUNK` at a time; with the last one, what ended the reading early."""
+    chunk: list[Envelope] = []
+    one = cast(PublishOptions, options)  # the same keys, and none of those that name one message
+    try:
+        if isinstance(messages, AsyncIterable):
+            async for message in messages:
+                chunk.append(writer.write(message, one))
+                if len(chunk) == CHUNK:
+                    yield chunk, None
+                    chunk = []
+        else:
+            for message in messages:
+                chunk.append(writer.write(message, one))
+                if len(chunk) == CHUNK:
+                    yield chunk, None
+                    chunk = []
+    except MsgbusError as error:
+        yield chunk, error
+        return
+    if chunk:
+        yield chunk, None
+
+
+def _count(outcomes: Sequence[BaseException | None], before: int) -> int:
+    """How many are confirmed by now; raises `PublishManyError` when one of them is not."""
+    failures = [index for index, outcome in enumerate(outcomes) if outcome is not None]
+    if failures:
+        raise PublishManyError(before + len(outcomes) - len(failures), len(failures), before + failures[0]) from outcomes[failures[0]]
+    return before + len(outcomes)

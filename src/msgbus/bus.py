@@ -198,6 +198,16 @@ class Bus(Router, Publishes):
         return tuple(self._entered().plans)
 
     @property
+    def runners(self) -> Sequence[Runner]:
+        """The subscriptions at work in this process."""
+        return tuple(self._runners)
+
+    @property
+    def given_adapter(self) -> Adapter | None:
+        """The adapter that `Bus(adapter=...)` was given, if any."""
+        return self._adapter
+
+    @property
     def runtime(self) -> Runtime:
         """The open parts, for tools such as the command line. While entered."""
         return self._entered()

@@ -387,7 +387,7 @@ class Runner:
             raise _ReopenError
 
     def _deaths(self, received: Received) -> int:
-        """Deaths of processes that held it: the broker's count when this process first saw it; what it grows by later are our lost links."""
+        """Deaths of processes that held it: the broker's count at this process's first sight of it. The rest are our own lost links."""
         seen = self._first_counts
         first = seen.setdefault(received.envelope.id, received.crashes)
         if len(seen) > REMEMBERED:

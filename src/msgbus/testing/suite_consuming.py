@@ -1,0 +1,3 @@
+"""Conformance: consuming."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Conformance: lifecycle."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Conformance: ordering."""
+
+from __future__ import annotations

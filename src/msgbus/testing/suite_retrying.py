@@ -1,0 +1,3 @@
+"""Conformance: retrying."""
+
+from __future__ import annotations

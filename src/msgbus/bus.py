@@ -275,8 +275,18 @@ class Bus(Router, Publishes):
         from msgbus.running import make_runners
 
         executors: list[ThreadPoolExecutor] = []
-        runners = self._runners = await make_runners(self._entered(), self, executors)
         self._ended = []
+        try:
+            runners = self._runners = await make_runners(self._entered(), self, executors)
+            async with self._at_work(runners, handle_signals):
+                yield
+        finally:
+            self._runners = []
+            for executor in executors:
+                executor.shutdown(wait=False, cancel_futures=True)
+
+    @asynccontextmanager
+    async def _at_work(self, runners: Sequence[Runner], handle_signals: bool) -> AsyncGenerator[None, None]:
         tasks = {asyncio.create_task(runner.run(), name=f"msgbus {runner.plan.name}"): runner for runner in runners}
         for task, runner in tasks.items():
             task.add_done_callback(functools.partial(self._note_end, runner))
@@ -291,9 +301,6 @@ class Bus(Router, Publishes):
             finally:
                 if undo is not None:
                     undo()
-                for executor in executors:
-                    executor.shutdown(wait=False, cancel_futures=True)
-                self._runners = []
         for task in tasks:
             task.result()
 

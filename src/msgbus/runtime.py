@@ -63,7 +63,7 @@ class Runtime:
         self.middleware = tuple(middleware)
         self.namespace = settings.namespace
         self.publish_timeout = settings.publish_timeout.total_seconds()
-        self.close_timeout = settings.close_timeout.total_seconds()
+        self.close_timeout = settings.close_timeout.total_seconds() / 4  # a step; in all: runs, receivers, publishes, adapter
         self.topics = known_topics(subscriptions)
         self.defaults = Defaults(service=service, namespace=settings.namespace, concurrency=settings.concurrency, retry=retry, store=store)
         self.subscriptions = tuple(subscriptions)
@@ -93,7 +93,7 @@ class Runtime:
         self._monitoring = asyncio.create_task(self.monitor.run(), name="msgbus monitor")
 
     async def close(self) -> None:
-        """Publishes under way get their outcome; then the adapter is closed. At most twice `close_timeout`."""
+        """Publishes under way get their outcome; then the adapter is closed. Bounded by `close_timeout`."""
         if self._monitoring is not None:
             self._monitoring.cancel()
             await asyncio.wait([self._monitoring])
@@ -105,7 +105,7 @@ class Runtime:
             async with asyncio.timeout(self.close_timeout):
                 await self.adapter.close()
         except TimeoutError:
-            log.warning("the connection to the broker did not close within %g s; it is left behind", self.close_timeout)
+            log.warning("the connection to the broker did not close within %.3g s; it is left behind", self.close_timeout)
 
     async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Tries until `publish_timeout` while the broker is away, with back-off; everything else is raised at once."""

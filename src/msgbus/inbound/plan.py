@@ -159,6 +159,7 @@ def _check_capabilities(plan: Plan, adapter: Adapter) -> None:
         (plan.group is None, Capability.BROADCAST, "broadcast=True", "a group= of its own for each instance"),
         (plan.topic.priorities, Capability.PRIORITIES, "priorities=True", "a topic a priority"),
         (plan.ordered, Capability.SHARDS, "ordered handling", "ordered=False"),
+        (plan.on_failure == "skip", Capability.DELAY, "on_failure='skip'", "on_failure='block'"),
     ):
         if needed and capability not in has:
             raise UnsupportedFeature(f"{plan.place}: {feature}", adapter.name, alternative)

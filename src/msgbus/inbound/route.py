@@ -63,9 +63,18 @@ class Route(Generic[M]):
                 context = Context(job.envelope, self._publisher, topic=self._topic, group=self._group, attempt=job.attempt)
             else:
                 context = self._context(job)
-            return await self._chain(context)
+            outcome = await self._chain(context)
         except Exception as error:
             return self.failed(job, error)
+        if self._has_middleware:
+            return self._checked(job, outcome)
+        return outcome
+
+    def _checked(self, job: Job, outcome: object) -> Outcome:
+        """What a user's middleware returned, if it is an outcome; a forgotten `return` is a failure like any other."""
+        if isinstance(outcome, Outcome):
+            return outcome
+        return self.failed(job, TypeError(f"middleware returned {outcome!r}, not an Outcome: return what call_next returned"))
 
     def failed(self, job: Job, error: BaseException) -> Outcome:
         """What the retry policy says of a run that ended in this error."""
@@ -140,7 +149,7 @@ class Route(Generic[M]):
     async def _member(self, job: Job, chain: Invoke, gathering: Gathering) -> Outcome:
         token = handling.set(job.envelope)
         try:
-            return await chain(self._context(job))
+            return self._checked(job, await chain(self._context(job)))
         except Exception as error:
             return self.failed(job, error)
         finally:

@@ -52,6 +52,7 @@ class RunnerLimits:
     max_deliveries: int
     drain_timeout: float
     close_timeout: float
+    """For each step of closing, of which there are a few."""
 
 
 class _ReopenError(Exception):
@@ -268,12 +269,8 @@ class Runner:
         sources, self._sources = self._sources, []
         for job in self._inflight.values():
             job.received.tenure.lost = True  # what is not started must not start: it comes again, here or elsewhere
+        await asyncio.gather(*(self._bounded(source.receiver.close()) for source in sources))
         for source in sources:
-            try:
-                async with asyncio.timeout(self._limits.close_timeout):
-                    await source.receiver.close()
-            except (TimeoutError, BrokerError) as error:
-                log.warning("%s: closing a receiver: %s", self.plan.name, str(error) or "no answer")
             self.counts["stale_acks"] += source.receiver.stale_acks
 
     async def _drain(self) -> None:
@@ -281,10 +278,14 @@ class Runner:
         self._state = "draining"
         self._limit = 0
         deadline = self._loop.time() + (0 if self._cutting or self._crash is not None else self._limits.drain_timeout)
-        for source in self._sources:
-            await self._bounded(source.receiver.drain())
-        await self._give_back(everything=True)
-        await self._until_quiet(deadline)
+        try:
+            async with asyncio.timeout_at(deadline):
+                for source in self._sources:
+                    await self._bounded(source.receiver.drain())
+                await self._give_back(everything=True)
+                await self._until_quiet()
+        except TimeoutError:
+            log.warning("%s: the drain's time is over: %d handlers are cancelled", self.plan.name, self._running)
         await self._cut_off()
 
     async def _settle_down(self) -> None:
@@ -292,7 +293,11 @@ class Runner:
         self._limit = 0
         await self._give_back(everything=True)
         while self._running and not self._stopping.is_set():
-            await self._until_quiet(self._loop.time() + POLL)
+            try:
+                async with asyncio.timeout(POLL):
+                    await self._until_quiet()
+            except TimeoutError:
+                continue
         if self._stopping.is_set():
             await self._drain()
         self._forget_held()
@@ -307,16 +312,13 @@ class Runner:
         if self._lanes is not None:
             self._lanes.clear()
 
-    async def _until_quiet(self, deadline: float) -> None:
-        """Waits until nothing runs, or the loop's clock says `deadline`, or `cut`."""
+    async def _until_quiet(self) -> None:
+        """Waits until nothing runs, or `cut`."""
         self._quiet = asyncio.Event()
         try:
-            async with asyncio.timeout_at(deadline):
-                while self._running and not self._cutting:
-                    self._quiet.clear()
-                    await self._quiet.wait()
-        except TimeoutError:
-            pass
+            while self._running and not self._cutting:
+                self._quiet.clear()
+                await self._quiet.wait()
         finally:
             self._quiet = None
 
@@ -342,6 +344,8 @@ class Runner:
             now = time.time()
             for received in batch:
                 self._accept(source, received, now)
+            if batch and self._limit == 0:  # paused, or the circuit opened, while it waited for them
+                self._refresh()
             self._look_at_tenures()
             self._breaker.sample(self._loop.time(), self._runs)
 
@@ -622,9 +626,11 @@ class Runner:
         self._wait(job, delay)
 
     def _takes_the_long_way(self, job: Job, delay: float) -> bool:
-        """By the broker's delay, which frees its place in the window; short waits, and a broadcast's, stay here."""
+        """By the broker's delay, which frees its place in the window and its lane; short waits, and a broadcast's, stay here."""
         if self.plan.group is None or Capability.DELAY not in self._adapter.capabilities:
             return False
+        if self._lanes is not None and job.envelope.key is not None:  # order was given up for it: its key goes on
+            return True
         return job.tries >= MAX_LOCAL_TRIES or job.waited + delay > MAX_LOCAL_WAIT or self._limit == 0
 
     async def _bury(self, job: Job, dead: Dead) -> None:
@@ -690,14 +696,17 @@ class Runner:
     async def _release(self, job: Job) -> None:
         """Back to the group, as if it had not been handed out."""
         self.counts["released"] += 1
-        if not job.received.tenure.lost:
-            self._waits()
-            try:
-                await self._bounded(job.source.receiver.release(job.received))
-                for source, received in job.twins or ():
+        copies = [(job.source, job.received), *(job.twins or ())]
+        self._waits()
+        try:
+            for source, received in copies:
+                if not received.tenure.lost:
                     await self._bounded(source.receiver.release(received))
-            finally:
-                self._awake += 1
+        finally:
+            self._awake += 1
+        for source, _ in job.twins or ():
+            source.held -= 1
+        job.twins = None
         self._finish(job, acked=False)
 
     def _finish(self, job: Job, *, acked: bool) -> None:
@@ -743,9 +752,7 @@ class Runner:
                 if await copying is None:
                     self._finish(job, acked=False)
                     continue
-            self.counts["released"] += 1
-            await self._bounded(job.source.receiver.release(job.received))
-            self._finish(job, acked=False)
+            await self._release(job)
 
     # ------------------------------------------------------------ how many may run
 

@@ -19,8 +19,8 @@ from msgbus.contract.adapter import Forwarding, Received, Receiver, SendOutcome
 from msgbus.contract.address import dead_topic
 from msgbus.contract.envelope import ATTEMPT, CE_TIME, DEAD, FIRST_FAILED_AT, NOT_BEFORE, Envelope, utc_text
 from msgbus.contract.outcome import Dead
-from msgbus.errors import MsgbusError
-from msgbus.outbound.pipeline import Pipeline
+from msgbus.errors import BrokerError, MsgbusError, PublishUnknown
+from msgbus.outbound.pipeline import GRACE, Pipeline
 
 MAX_ERROR = 1024
 
@@ -77,7 +77,13 @@ class Settler:
     async def _forward(self, receiver: Receiver, received: Received, copy: Envelope) -> SendOutcome:
         timeout = self.pipeline.publish_timeout
         if isinstance(receiver, Forwarding):
-            return await receiver.forward(received, copy, timeout=timeout)
+            try:
+                async with asyncio.timeout(timeout + GRACE):
+                    return await receiver.forward(received, copy, timeout=timeout)
+            except TimeoutError:
+                return PublishUnknown(copy.id, f"no confirm within {timeout:.3g} s")
+            except BrokerError as error:
+                return error
         outcome = (await self.pipeline.deliver([copy], asyncio.get_running_loop().time() + timeout))[0]
         if outcome is None:
             receiver.ack(received)

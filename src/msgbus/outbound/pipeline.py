@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from msgbus.contract.adapter import Adapter, SendOutcome
 from msgbus.contract.envelope import Envelope
-from msgbus.errors import BrokerUnavailable, PublishUnknown
+from msgbus.errors import BrokerError, BrokerUnavailable, PublishUnknown
 from msgbus.middleware.base import Middleware, compose
 
 MAX_BATCH = 500
 """Messages in one `Adapter.send`."""
-_GRACE = 1.0
+GRACE = 1.0
 """Seconds that an adapter may be late with its outcomes before the core answers in its place."""
 
 
@@ -120,8 +120,10 @@ class Pipeline:
     async def _once(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
         timeout = max(0.001, deadline - self._loop.time())
         try:
-            async with asyncio.timeout(timeout + _GRACE):
+            async with asyncio.timeout(timeout + GRACE):
                 return await self._adapter.send(envelopes, timeout=timeout)
+        except BrokerError as error:  # an adapter should not raise; what it raised holds for all of them
+            return [error for _ in envelopes]
         except TimeoutError:
             return [PublishUnknown(envelope.id, f"no confirm within {timeout:.3g} s") for envelope in envelopes]
 

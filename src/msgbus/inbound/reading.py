@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from msgbus.codecs import decoder
 from msgbus.contract.codec import Codec
 from msgbus.contract.envelope import CE_TIME, CE_TYPE, CONTENT_TYPE, Envelope, parse_utc
 from msgbus.errors import DecodeError
@@ -22,7 +23,7 @@ _OUR_TYPE = re.compile(r"(.*)\.v([0-9]{1,9})")
 def reader(topic: Topic[Any], codec: Codec[M]) -> Callable[[Envelope], M]:
     """The function that decodes a topic's envelopes. It raises `DecodeError`, which makes a dead letter at once."""
     name, model, version = topic.name, topic.model_name, topic.version
-    content_type, accepts, decode = codec.content_type, codec.accepts, codec.decode
+    content_type, accepts, decode = codec.content_type, codec.accepts, decoder(codec)
     known_types: set[str | None] = {None, f"{model}.v{version}"}
 
     def check_version(envelope: Envelope, event_type: str) -> None:

@@ -21,10 +21,11 @@ from msgbus.contract.envelope import (
     REDRIVES,
     Envelope,
     check_group,
+    check_topic,
     parse_utc,
 )
 from msgbus.contract.outcome import Reason
-from msgbus.errors import ConfigurationError, NotFound, UnsupportedFeature
+from msgbus.errors import ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
 from msgbus.middleware.idempotency import TTL
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ class DeadLetter:
 
 
 class DeadLetters:
-    """From `bus.dead_letters(topic, group=...)`, while the bus is entered. Declares nothing for a group that never was."""
+    """From `bus.dead_letters(topic, group=...)`, while the bus is entered. Raises `NotFound` for a group that never was."""
 
     def __init__(self, entered: Callable[[], Runtime], topic: str, group: str) -> None:
+        check_topic(topic)
         check_group(group)
         self._entered = entered
         self._topic = topic
@@ -165,7 +167,14 @@ class DeadLetters:
         from msgbus.runtime import dead_spec
 
         runtime = self._entered()
-        await runtime.declare([dead_spec(runtime.namespace + self._topic, self._group)])
+        physical = runtime.namespace + self._topic
+        ours = any(plan.physical == physical and plan.group == self._group for plan in runtime.plans)
+        try:
+            await runtime.declare([dead_spec(physical, self._group)], create=None if ours else False)
+        except TopologyMismatch as error:
+            if ours:
+                raise
+            raise NotFound(f"no dead letters of topic {self._topic!r}, group {self._group!r}: no such group was ever declared") from error
         return runtime
 
     async def _peek(self) -> AsyncIterator[Envelope]:

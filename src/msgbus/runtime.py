@@ -14,7 +14,7 @@ from msgbus.contract.adapter import Adapter, ReceiverSpec, TopicSpec
 from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import Envelope, check_group, check_topic
 from msgbus.contract.idempotency import IdempotencyStore
-from msgbus.errors import BrokerUnavailable, ConfigurationError, InvalidName, MsgbusError, PublishManyError
+from msgbus.errors import BrokerUnavailable, ConfigurationError, InvalidName, MessageError, PublishManyError
 from msgbus.health import Monitor
 from msgbus.inbound.plan import Defaults, Plan, check_topics, known_topics, plan_all
 from msgbus.inbound.settle import Settler
@@ -124,9 +124,10 @@ class Runtime:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, 2.0)
 
-    async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec] = ()) -> None:
-        """Makes topics and groups exist; with `topology=check`, fails with what is missing instead."""
-        create = self.settings.topology == "create"
+    async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec] = (), *, create: bool | None = None) -> None:
+        """Makes topics and groups exist; with `topology=check`, or `create=False`, fails with what is missing instead."""
+        if create is None:
+            create = self.settings.topology == "create"
         await self.patiently(lambda: self.adapter.declare(topics, receivers, create=create))
 
     async def declare_subscriptions(self) -> list[Plan]:
@@ -167,8 +168,7 @@ class Runtime:
         try:
             async for chunk, problem in _chunks(messages, writer, options):
                 if sending is not None:
-                    confirmed = _count(await sending, confirmed)
-                    sending = None
+                    confirmed, sending = _count(await sending, confirmed), None
                 if chunk:
                     sending = asyncio.create_task(self.pipeline.send_many(chunk), name="msgbus publish_many")
                 if problem is not None:
@@ -177,9 +177,13 @@ class Runtime:
                     raise PublishManyError(confirmed, 1, confirmed) from problem
             if sending is not None:
                 confirmed = _count(await sending, confirmed)
-        finally:
-            if sending is not None and not sending.done():
+        except asyncio.CancelledError:
+            if sending is not None:
                 sending.cancel()
+            raise
+        finally:
+            if sending is not None:
+                await asyncio.wait([sending])
         return confirmed
 
     async def writer(self, topic: Topic[Any] | str) -> Writer[Any]:
@@ -262,7 +266,7 @@ async def _chunks(
                 if len(chunk) == CHUNK:
                     yield chunk, None
                     chunk = []
-    except MsgbusError as error:
+    except MessageError as error:  # one message's; whatever else goes wrong is the caller's own and raised as it is
         yield chunk, error
         return
     if chunk:

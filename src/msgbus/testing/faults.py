@@ -25,7 +25,8 @@ Fault = Callable[[Envelope], SendOutcome]
 
 class FaultyAdapter(Adapter):
     """An adapter before another one. While `away`, every call is `BrokerUnavailable`. `on_send(envelope)` may give an outcome in place
-    of sending; `before_send` is awaited first (to stall). Receivers are `FaultyReceiver`s; the optional protocols are the real one's."""
+    of sending; `before_send` is awaited first (to stall). It claims what the real one claims, less `hidden`. Receivers are
+    `FaultyReceiver`s; the optional protocols are the real one's."""
 
     schemes: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = "faulty"
@@ -33,24 +34,28 @@ class FaultyAdapter(Adapter):
     def __init__(self, real: Adapter) -> None:
         self.real = real
         self.away = False
+        self.hidden = Capability.NONE
         self.on_send: Fault | None = None
         self.before_send: Callable[[Sequence[Envelope]], Awaitable[None]] | None = None
         self.sent: list[Envelope] = []
         """What reached the real adapter and was confirmed, by `send` or `forward`."""
         self.receivers: list[FaultyReceiver] = []
         self.make_receiver: type[FaultyReceiver] = FaultyReceiver
+        for method in ("depth", "peek", "purge", "replay", "groups", "drop_group"):
+            if hasattr(real, method) and not hasattr(type(self), method):  # isinstance asks no __getattr__ from Python 3.12 on
+                self.__dict__[method] = getattr(real, method)
 
     @classmethod
     def from_url(cls, url: str, options: Mapping[str, str], settings: AdapterSettings) -> Self:
         """Not by URL: it takes the real adapter."""
         raise NotImplementedError("FaultyAdapter(real)")
 
-    def __getattr__(self, name: str) -> Any:  # Any: depth, peek, purge, ... of the real one
+    def __getattr__(self, name: str) -> Any:  # Any: whatever else the real one has
         return getattr(self.real, name)
 
     @property
     def capabilities(self) -> Capability:
-        return self.real.capabilities
+        return self.real.capabilities & ~self.hidden
 
     @property
     def limits(self) -> Limits:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -18,18 +19,26 @@ import pytest
 from pydantic import BaseModel, SecretStr
 
 from msgbus.bus import Bus
-from msgbus.contract.adapter import Adapter, Capability, Received, Receiver, ReceiverSpec, TopicSpec
+from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
 from msgbus.settings import Settings
+from msgbus.testing.faults import FaultyAdapter
 from msgbus.urls import adapter_from_url
 
 T = TypeVar("T")
 
 Crash = Callable[[Adapter], Awaitable[None]]
+Restart = Callable[[], Awaitable[None]]
+
+_patience: ContextVar[float] = ContextVar("patience", default=1.0)
 
 
 async def _cannot_crash(adapter: Adapter) -> None:
     pytest.fail(f"the fixture `broker` gives no crash=: how does the process that holds {adapter!r} die?")
+
+
+async def _cannot_restart() -> None:
+    pytest.fail("the fixture `broker` gives no restart=: how does the broker that claims to be durable end, and come back?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +47,18 @@ class Broker:
 
     `crash(adapter)` does to an adapter's connections what kill -9 of its process would: nothing is flushed, acked or released.
     `settings` are handed to every bus of the suite on top of its own (heartbeat 2 s, session 6 s, lease 5 s). `patience` stretches
-    every deadline of the suite, for slow machines.
+    every deadline of the suite, for slow machines. `many`: how often what is done many times is done (on memory 100). `restart()` ends
+    the broker itself as a power cut would and starts it again: asked of those who claim to be durable. `make` gives adapters that no
+    URL leads to, such as one behind a `FaultyAdapter`.
     """
 
     url: str
     crash: Crash = _cannot_crash
     settings: dict[str, object] = field(default_factory=dict[str, object])
     patience: float = 1.0
+    many: int = 10
+    restart: Restart = _cannot_restart
+    make: Callable[[AdapterSettings], Adapter] | None = None
 
 
 class Order(BaseModel):
@@ -53,6 +67,11 @@ class Order(BaseModel):
     id: str = "a"
     n: int = 0
     text: str = ""
+
+
+def patient(seconds: float) -> float:
+    """A deadline, stretched by the patience of the broker's fixture."""
+    return seconds * _patience.get()
 
 
 class Seen(Generic[T]):
@@ -74,6 +93,7 @@ class Seen(Generic[T]):
 
     async def wait_until(self, enough: Callable[[list[T]], bool], seconds: float = 10.0, what: str = "it") -> list[T]:
         """The items, once `enough` says so."""
+        seconds = patient(seconds)
         try:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: enough(self.items))
@@ -113,7 +133,7 @@ class Worker:
 
     async def kill(self) -> None:
         """Dies as a process does by kill -9: nothing that it held is settled, no handler goes on."""
-        await self._stage.broker.crash(self.adapter)
+        await self._stage.crash(self.adapter)
         for runner in self.bus.runners:
             runner.cut()
         self._task.cancel()
@@ -146,7 +166,14 @@ class Stage:
 
     def new_adapter(self, settings: Settings | None = None) -> Adapter:
         """An adapter of its own, as each process has one; not open."""
-        return adapter_from_url(self.broker.url, (settings or self.settings()).for_adapter())
+        terms = (settings or self.settings()).for_adapter()
+        return self.broker.make(terms) if self.broker.make is not None else adapter_from_url(self.broker.url, terms)
+
+    async def crash(self, adapter: Adapter) -> None:
+        """The death of the process that holds an adapter; faults before it are taken away."""
+        while isinstance(adapter, FaultyAdapter):
+            adapter = adapter.real
+        await self.broker.crash(adapter)
 
     def bus(self, *, adapter: Adapter | None = None, settings: Settings | None = None, service: str = "suite", **options: Any) -> Bus:
         """A bus with an adapter of its own, not entered."""
@@ -222,6 +249,7 @@ async def _stop_quietly(worker: Worker) -> None:
 async def take(receiver: Receiver, count: int, seconds: float = 10.0) -> list[Received]:
     """So many messages from a receiver, un-settled. Fails when they do not come in time."""
     loop = asyncio.get_running_loop()
+    seconds = patient(seconds)
     deadline = loop.time() + seconds
     taken: list[Received] = []
     while len(taken) < count:
@@ -235,6 +263,7 @@ async def take(receiver: Receiver, count: int, seconds: float = 10.0) -> list[Re
 async def eventually(true: Callable[[], object], seconds: float = 10.0, what: str = "it") -> None:
     """Returns once `true()` is; looks every few milliseconds, for facts that nobody announces. Fails after the deadline."""
     loop = asyncio.get_running_loop()
+    seconds = patient(seconds)
     deadline = loop.time() + seconds
     while not true():
         if loop.time() > deadline:
@@ -275,7 +304,11 @@ def conformance(
                 await function(stage)
 
         def test(broker: Broker) -> None:
-            asyncio.run(run(broker))
+            before = _patience.set(broker.patience)
+            try:
+                asyncio.run(run(broker))
+            finally:
+                _patience.reset(before)
 
         name = function.__name__.removeprefix("test_")
         assert function.__doc__, f"{name}: a docstring states the clause of the contract"

@@ -20,4 +20,4 @@ async def die(adapter: Adapter) -> None:
 @pytest.fixture
 def broker() -> Broker:
     """Where the suite runs."""
-    return Broker("memory://suite", crash=die)
+    return Broker("memory://suite", crash=die, many=100)

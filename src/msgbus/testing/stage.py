@@ -21,11 +21,17 @@ from pydantic import BaseModel, SecretStr
 from msgbus.bus import Bus
 from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
+from msgbus.dead_letters import DeadLetter, read_dead_letter
+from msgbus.runtime import dead_receiver, dead_spec
 from msgbus.settings import Settings
 from msgbus.testing.faults import FaultyAdapter
+from msgbus.topic import Topic
 from msgbus.urls import adapter_from_url
 
 T = TypeVar("T")
+
+QUIET = 0.3
+"""Seconds of silence that count as "nothing more comes", where no later message can prove it."""
 
 Crash = Callable[[Adapter], Awaitable[None]]
 Restart = Callable[[], Awaitable[None]]
@@ -197,6 +203,17 @@ class Stage:
         await worker.started()
         return worker
 
+    async def collect(self, topic: Topic[T], *, service: str = "suite", **options: Any) -> tuple[Worker, Seen[T]]:
+        """A worker whose one handler notes what it is given and is done with it. `options` are those of `subscribe`."""
+        bus = self.bus(service=service)
+        seen: Seen[T] = Seen()
+
+        async def collect(message: T) -> None:
+            await seen.add(message)
+
+        bus.subscribe(topic, **options)(collect)
+        return await self.start(bus), seen
+
     # ------------------------------------------------------------ the seam itself
 
     async def open_adapter(self, settings: Settings | None = None) -> Adapter:
@@ -228,6 +245,23 @@ class Stage:
         """An envelope as a foreign producer would send it: no headers unless given."""
         values: dict[str, Any] = {"id": new_id(), "headers": {}, **fields}
         return Envelope(topic=self.name(topic), body=body, **values)
+
+    async def dead_letters(self, count: int, topic: str = "orders", *, group: str = "suite", seconds: float = 10.0) -> list[DeadLetter]:
+        """So many dead letters of a group of this test, read by a receiver, which every adapter has, and given back.
+
+        Fails when there are not so many in time, or when there is one more.
+        """
+        adapter = await self.open_adapter()
+        await adapter.declare([dead_spec(self.name(topic), group)], [])
+        receiver = await adapter.open_receiver(dead_receiver(self.name(topic), group, window=count + 1))
+        try:
+            taken = await take(receiver, count, seconds)
+            extra = await receiver.receive(1, patient(QUIET))
+        finally:
+            await receiver.close()
+        letters = [read_dead_letter(received.envelope) for received in taken]
+        assert not extra, f"{count} dead letters were expected, here is another: {extra[0].envelope}"
+        return letters
 
     async def skip_without(self, needs: Capability) -> None:
         """Skips the test, naming the capability, on an adapter that does not claim it."""

@@ -17,9 +17,12 @@ from typing import Any, Generic, TypeVar
 
 import pytest
 from pydantic import BaseModel, SecretStr
+from tenacity import RetryCallState
+from tenacity.wait import wait_base
 
 from msgbus.bus import Bus
 from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Received, Receiver, ReceiverSpec, TopicSpec
+from msgbus.contract.address import shard_of
 from msgbus.contract.envelope import Envelope, new_id
 from msgbus.dead_letters import DeadLetter, read_dead_letter
 from msgbus.runtime import dead_receiver, dead_spec
@@ -55,7 +58,7 @@ class Broker:
     `settings` are handed to every bus of the suite on top of its own (heartbeat 2 s, session 6 s, lease 5 s). `patience` stretches
     every deadline of the suite, for slow machines. `many`: how often what is done many times is done (on memory 100). `restart()` ends
     the broker itself as a power cut would and starts it again: asked of those who claim to be durable. `make` gives adapters that no
-    URL leads to, such as one behind a `FaultyAdapter`.
+    URL leads to, such as one behind a `FaultyAdapter`. `shard_of(key, shards)` is the broker's own partitioner, if it has one.
     """
 
     url: str
@@ -65,6 +68,7 @@ class Broker:
     many: int = 10
     restart: Restart = _cannot_restart
     make: Callable[[AdapterSettings], Adapter] | None = None
+    shard_of: Callable[[str, int], int] = shard_of
 
 
 class Order(BaseModel):
@@ -106,6 +110,18 @@ class Seen(Generic[T]):
         except TimeoutError:
             pytest.fail(f"waited {seconds:g} s for {what}; seen {len(self.items)}: {self.items[:50]!r}")
         return self.items
+
+
+class Waits(wait_base):
+    """The waits of a retry policy, decided by a test: `seconds(attempt)`, by the number of the run that failed. `drawn` is what it said."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.drawn: list[float] = []
+        self._seconds = seconds
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        self.drawn.append(self._seconds(retry_state.attempt_number))
+        return self.drawn[-1]
 
 
 class Worker:
@@ -319,6 +335,19 @@ async def opened(broker: Broker) -> AsyncGenerator[Stage, None]:
         await asyncio.wait(left, timeout=1.0)
     names = sorted(task.get_name() for task in left if not task.done())
     assert not names, f"tasks left behind: {names}"
+
+
+def keys_of_shards(broker: Broker, shards: int, each: int) -> list[list[str]]:
+    """So many keys of each shard, by the number of the shard."""
+    keys: list[list[str]] = [[] for _ in range(shards)]
+    number = 0
+    while min(map(len, keys)) < each:
+        key = f"key{number}"
+        mine = keys[broker.shard_of(key, shards)]
+        if len(mine) < each:
+            mine.append(key)
+        number += 1
+    return keys
 
 
 REGISTRY: dict[str, Callable[..., None]] = {}

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
@@ -292,6 +292,7 @@ class Bus(Router, Publishes):
             task.add_done_callback(functools.partial(self._note_end, runner))
         undo = self._on_signals() if handle_signals else None
         try:
+            await _broadcasts_open(runners, self._entered().publish_timeout)
             yield
         finally:
             try:
@@ -336,6 +337,15 @@ class Bus(Router, Publishes):
                 loop.remove_signal_handler(number)
 
         return undo
+
+
+async def _broadcasts_open(runners: Iterable[Runner], timeout: float) -> None:
+    """A broadcast gets what is published from now on: now, its receivers are open. Or the broker is away, and health says so."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            for runner in runners:
+                if runner.plan.group is None:
+                    await runner.opened.wait()
 
 
 async def _all_ended(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -70,6 +70,8 @@ class Runner:
         self.problem: str | None = None
         """Why nothing is received, while that is so."""
         self.last_error: str | None = None
+        self.opened = asyncio.Event()
+        """Set when its receivers are open for the first time, and when it has ended."""
         self._route = route
         self._adapter = adapter
         self._settler = settler
@@ -169,6 +171,7 @@ class Runner:
             await self._cut_off()
             await self._close_sources()
             self._state = "stopped"
+            self.opened.set()
         if self._crash is not None:
             raise self._crash
 
@@ -199,6 +202,7 @@ class Runner:
                 await self._close_sources()
                 pause = await self._back_off(error, pause)
                 continue
+            self.opened.set()
             started = self._loop.time()
             self._state = "running"
             self.problem = None

@@ -104,7 +104,7 @@ async def test_the_way_out(topic: Topic[Order]) -> None:
 
 
 async def test_the_way_in(topic: Topic[Order]) -> None:
-    """Handling a message, from receive to ack, the default middleware included, calls at most 20 functions of ours, of at most 6 classes."""
+    """Handling a message, from receive to ack, with the default middleware, calls at most 20 functions of ours, of at most 6 classes."""
     calls = Calls()
     bus = Bus("memory://", service="shop")
     left = MESSAGES

@@ -185,6 +185,11 @@ class MemoryAdapter(Adapter):
         """`BrokerUnavailable` too where topic or group were not declared, or the group was dropped."""
         return MemoryReceiver(self._broker, self._opened(), spec)
 
+    async def shards(self, topic: str) -> int | None:
+        """None where the topic is not keyed, or not there."""
+        self._opened()
+        return self._broker.shards(topic)
+
     async def explain(self) -> Mapping[str, str]:
         """What is special about a broker in memory."""
         name = self._broker_name

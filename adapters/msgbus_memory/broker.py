@@ -403,6 +403,12 @@ class Broker:
                     self._return(found, message, 0)
             return len(again)
 
+    def shards(self, topic: str) -> int | None:
+        """How many shards a topic has; None where nobody has asked for any, or there is no such topic."""
+        with self._lock:
+            found = self._topics.get(topic)
+            return found.shards if found is not None else None
+
     def groups(self, topic: str) -> list[str]:
         """The names of a topic's groups, sorted; none where there is no such topic."""
         with self._lock:

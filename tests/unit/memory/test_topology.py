@@ -54,6 +54,13 @@ async def test_what_says_less_adopts_what_is_there(there: TopicSpec, wanted: Top
         await adapter.declare([there, wanted], [])
 
 
+async def test_a_topics_shards_can_be_asked_for() -> None:
+    """None where nobody asked for any, or there is no such topic: what a plain name adopts."""
+    async with opened(topic=TopicSpec(T, keyed=True, shards=4)) as adapter:
+        await adapter.declare([TopicSpec(T), TopicSpec("loose"), TopicSpec("keyed", keyed=True)], [])
+        assert [await adapter.shards(topic) for topic in (T, "loose", "keyed", "nowhere")] == [4, None, 8, None]
+
+
 async def test_without_create_nothing_is_made_and_what_is_missing_is_named() -> None:
     async with opened("a") as adapter:
         await sent(adapter, [envelope("bare")])

@@ -43,7 +43,7 @@ class FaultyAdapter(Adapter):
         self.make_receiver: type[FaultyReceiver] = FaultyReceiver
         for method in ("depth", "peek", "purge", "replay", "groups", "drop_group"):
             if hasattr(real, method) and not hasattr(type(self), method):  # isinstance asks no __getattr__ from Python 3.12 on
-                self.__dict__[method] = getattr(real, method)
+                setattr(self, method, getattr(real, method))
 
     @classmethod
     def from_url(cls, url: str, options: Mapping[str, str], settings: AdapterSettings) -> Self:

@@ -27,16 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.flights", description="A year of departures through one service.")
     parser.add_argument("--rows", type=_positive, metavar="N", help="only the first N departures")
     parser.add_argument("--input", type=Path, metavar="FILE.csv", help="other data, with the same columns")
+    parser.add_argument("--patience", type=_positive, default=60, metavar="S", help="give up after so many seconds without progress")
     told = parser.parse_args(arguments)
     console = Console()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
-    logging.getLogger("msgbus").addFilter(_is_unexpected)
+    _log_to(console)
     whole_year = told.rows is None and told.input is None
     url = os.environ.get("MSGBUS_URL", "memory://flights")
     results = Results()
     started = time.monotonic()
     try:
-        task = demo.Run(url, demo.own_namespace(load()), data.WHOLE_YEAR.rows if whole_year else told.rows)
+        task = demo.Run(url, demo.own_namespace(load()), data.WHOLE_YEAR.rows if whole_year else told.rows, told.patience)
         outcome = asyncio.run(demo.run(task, data.departures(told.input, told.rows), results, console))
     except (data.InputError, MsgbusError) as error:
         console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
@@ -51,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not problems:
         console.print("[green]✓[/] every departure is accounted for", highlight=False)
     return 1 if problems else 0
+
+
+def _log_to(console: Console) -> None:
+    """Warnings and errors go above the progress bars."""
+    handler = RichHandler(console=console, show_path=False)
+    handler.addFilter(_is_unexpected)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:

@@ -39,14 +39,16 @@ class Expected:
     late: int = 0
 
     def count(self, row: Row) -> None:
-        """One more row."""
+        """One more row. Raises `InputError` for one that is neither."""
         self.rows += 1
         if "dep_time" not in row:
             self.dead += 1
             return
         self.handled += 1
-        if int(row["dep_delay"]) > LATE:
-            self.late += 1
+        try:
+            self.late += int(row["dep_delay"]) > LATE
+        except (KeyError, ValueError):
+            raise InputError(f"row {self.rows}: a flight that left needs a dep_delay in whole minutes") from None
 
 
 WHOLE_YEAR = Expected(rows=336_776, handled=328_521, dead=8_255, late=26_581)
@@ -72,13 +74,13 @@ def _plain(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             yield from _read(file, str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: {error}") from error
 
 
 def _read(lines: Iterable[str], name: str) -> Iterator[Row]:
     reader = csv.reader(lines)
-    columns = next(reader, [])
+    columns = next(reader, list[str]())
     lacking = [column for column in COLUMNS if column not in columns]
     if lacking:
         raise InputError(f"{name} has no column {', '.join(lacking)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,7 +16,7 @@ from examples.flights.service import departures, flights, late_departures
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from msgbus import Bus
+from msgbus import Bus, Router
 from msgbus.dead_letters import DeadLetter
 from msgbus.settings import Settings
 
@@ -34,6 +34,8 @@ class Run:
     """Rows to expect, for the progress bars; None: unknown until they are read."""
     patience: float = 60.0
     """Seconds without anything happening after which the rest is given up as lost."""
+    service: Callable[[Results], Router] = flights
+    """Whose handlers run."""
 
 
 def own_namespace(settings: Settings) -> Settings:
@@ -47,7 +49,7 @@ async def run(task: Run, rows: Iterable[Row], results: Results, console: Console
     Raises what the feed raises. What does not arrive is no error here: the outcome says so.
     """
     expected = Expected()
-    service = Bus(task.url, service="flights", settings=task.settings, routers=[flights(results)])
+    service = Bus(task.url, service="flights", settings=task.settings, routers=[task.service(results)])
     upstream = Bus(task.url, service="airports", settings=task.settings)
     async with service.running(), upstream:
         feeding = asyncio.create_task(feed.publish_all(upstream, rows, expected.count))
@@ -57,6 +59,7 @@ async def run(task: Run, rows: Iterable[Row], results: Results, console: Console
             published = feeding.result() if feeding.done() else 0
         finally:
             feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
         groups = {name: await _group_outcome(service, name, seen) for name, seen in results.handled().items()}
         late = await _late(service, expected.late, task.patience)
     return Outcome(expected, published, groups, late, results.planes.out_of_order)
@@ -109,7 +112,7 @@ async def _late(service: Bus, expected: int, patience: float) -> int:
     seen = Seen()
     async with service.consumer(late_departures, group="audit", window=500) as consumer:
         wait = patience  # for the first ones, which may take a broker its time; then for what should not be there
-        while batch := await consumer.receive(500, timedelta(seconds=wait if expected > seen.count else 1)):
+        while batch := await consumer.receive(500, timedelta(seconds=wait if expected > seen.count else 0.5)):
             for delivery in batch:
                 seen.first_time(delivery.message.number)
                 await delivery.ack()

@@ -25,6 +25,6 @@ async def publish_all(bus: Bus, rows: Iterable[Row], read: Callable[[Row], None]
     def bodies() -> Iterator[bytes]:
         for number, row in enumerate(rows):
             read(row)
-            yield json.dumps({"number": number, **row}).encode()
+            yield json.dumps({**row, "number": number}).encode()
 
     return await bus.publish_many(departures, bodies())

@@ -42,6 +42,8 @@ class Outcome:
         """What does not add up, a sentence each. `known`: what the input itself must add up to, where that is known."""
         expected = self.expected
         found: list[str] = []
+        if not expected.rows:
+            found.append("there is no departure in the input")
         if known is not None and expected != known:
             found.append(f"the input is not the data set that is known: {expected}, and it should be {known}")
         if self.published != expected.rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from examples.flights.data import LATE
 from examples.flights.results import Results
 from pydantic import BaseModel
@@ -48,8 +50,9 @@ def flights(results: Results) -> Router:
 
     @router.subscribe(departures, group="rotation")
     async def rotation(departure: Departure) -> None:
-        """A plane's day. The topic has a key, so each plane's departures come in the order published."""
-        if departure.tailnum is not None and results.rotation.first_time(departure.number):
+        """A plane's day. The topic has a key, so each plane's departures come one after the other, in the order published."""
+        await asyncio.sleep(0)  # the look at a database that a real one would take: meanwhile others run, of other planes
+        if results.rotation.first_time(departure.number) and departure.tailnum is not None:
             results.planes.departed(departure.tailnum, departure.number)
 
     @router.subscribe(departures, group="alerts", ordered=False)

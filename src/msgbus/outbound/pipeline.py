@@ -7,6 +7,7 @@ Who publishes alone goes at once. Who publishes to a topic while another is on t
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from msgbus.contract.adapter import Adapter, SendOutcome
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerError, BrokerUnavailable, PublishUnknown
 from msgbus.middleware.base import Middleware, compose
+
+log = logging.getLogger("msgbus")
 
 MAX_BATCH = 500
 """Messages in one `Adapter.send`."""
@@ -38,6 +41,9 @@ class Pipeline:
         self._under_way: set[str] = set()  # topics with a send on the way
         self._waiting: dict[str, list[_Waiting]] = {}
         self._flushes: set[asyncio.Task[None]] = set()
+        self._delivering = 0  # calls of `deliver` that have no outcomes yet
+        self._quiet: asyncio.Event | None = None  # while `close` waits for them
+        self._closed = False  # nothing is sent a second time any more
         innermost: Callable[[Envelope], Awaitable[None]] = self._send
         self.publish = compose(middleware, "publish", innermost)
         self._plain = self.publish is innermost
@@ -103,19 +109,25 @@ class Pipeline:
 
     async def deliver(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
         """One outcome an envelope. What was stored nowhere, the broker being away, is sent again until the loop's clock says `deadline`."""
-        outcomes = await self._once(envelopes, deadline)
-        if outcomes.count(None) == len(outcomes):
+        self._delivering += 1
+        try:
+            outcomes = await self._once(envelopes, deadline)
+            if outcomes.count(None) == len(outcomes):
+                return outcomes
+            pause = 0.05
+            while again := _to_send_again(envelopes, outcomes):
+                remaining = deadline - self._loop.time()
+                if remaining <= 0 or self._closed:
+                    break
+                await asyncio.sleep(min(remaining, pause * random.uniform(0.5, 1.0)))
+                pause = min(pause * 2, 1.0)
+                for index, outcome in zip(again, await self._once([envelopes[index] for index in again], deadline), strict=True):
+                    outcomes[index] = outcome
             return outcomes
-        pause = 0.05
-        while again := _to_send_again(envelopes, outcomes):
-            remaining = deadline - self._loop.time()
-            if remaining <= 0:
-                break
-            await asyncio.sleep(min(remaining, pause * random.uniform(0.5, 1.0)))
-            pause = min(pause * 2, 1.0)
-            for index, outcome in zip(again, await self._once([envelopes[index] for index in again], deadline), strict=True):
-                outcomes[index] = outcome
-        return outcomes
+        finally:
+            self._delivering -= 1
+            if self._quiet is not None:
+                self._quiet.set()
 
     async def _once(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
         timeout = max(0.001, deadline - self._loop.time())
@@ -152,10 +164,20 @@ class Pipeline:
 
     async def close(self, timeout: float) -> None:
         """Waits for what is on the way; what has no outcome after `timeout` seconds is unknown to its publisher."""
-        if self._flushes:
-            _, late = await asyncio.wait(self._flushes, timeout=timeout)
-            for task in late:
-                task.cancel()
+        self._quiet = quiet = asyncio.Event()
+        try:
+            async with asyncio.timeout(timeout):
+                while self._delivering or self._flushes:
+                    if self._flushes:
+                        await asyncio.wait(self._flushes)
+                    else:
+                        quiet.clear()
+                        await quiet.wait()
+        except TimeoutError:
+            log.warning("publishes had no answer within %.3g s of closing", timeout)
+        self._closed = True
+        for task in self._flushes:
+            task.cancel()
 
 
 def _to_send_again(envelopes: Sequence[Envelope], outcomes: Sequence[SendOutcome]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import platform
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ class Settler:
             "host": platform.node(),
             "version": _VERSION,
         }
-        return {DEAD + name: value for name, value in record.items()}
+        return {sys.intern(DEAD + name): value for name, value in record.items()}  # one name for all: they are kept with each letter
 
 
 _VERSION = version("msgbus")
@@ -118,7 +119,8 @@ _VERSION = version("msgbus")
 def _header_text(text: str, limit: int) -> str:
     """Text that any broker carries in a header: one line, at most `limit` bytes of UTF-8."""
     line = " ".join(text.split())
-    line = "".join(character for character in line if character.isprintable())
+    if not line.isprintable():
+        line = "".join(character for character in line if character.isprintable())
     return line.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
 
 

@@ -19,6 +19,7 @@ from msgbus.contract.envelope import (
     Envelope,
     parse_utc,
 )
+from msgbus.errors import BusNotEntered
 from msgbus.publishing import Publishes, PublishManyOptions, PublishOptions, Receipt, SyncPublishes, handling
 from msgbus.topic import Topic
 
@@ -156,4 +157,7 @@ class SyncContext(Facts, SyncPublishes):
         return self._wait(self._publisher.publish_many(topic, messages, **options))
 
     def _wait(self, publishing: Coroutine[Any, Any, R]) -> R:
+        if self._loop.is_closed():  # a thread that outlasted the drain, and the program around it
+            publishing.close()
+            raise BusNotEntered("the bus was left while this handler ran on: nothing was sent")
         return asyncio.run_coroutine_threadsafe(publishing, self._loop).result()

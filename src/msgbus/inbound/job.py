@@ -32,7 +32,7 @@ class Source:
 class Job:
     """What the runner knows of an un-settled message. `received` and `source` are those of the newest copy that came."""
 
-    __slots__ = ("attempt", "envelope", "outcome", "received", "since", "source", "tries", "twins", "waited")
+    __slots__ = ("attempt", "envelope", "failed_at", "outcome", "received", "since", "source", "tries", "twins", "waited")
 
     def __init__(self, received: Received, source: Source, now: float) -> None:
         envelope = received.envelope
@@ -49,6 +49,8 @@ class Job:
         """Seconds of those waits together."""
         self.twins: list[tuple[Source, Received]] | None = None
         """Other copies of the same message that came while this one was un-settled: settled with it."""
+        self.failed_at: float | None = None
+        """When a run in this process failed first, in seconds since the epoch."""
         self.outcome: Outcome | None = None
         """What is decided and could not be carried out yet: the handler is not run again for it."""
 

@@ -588,6 +588,8 @@ class Runner:
 
     async def _retry(self, job: Job, outcome: RetryAfter) -> None:
         delay, error = outcome.delay, outcome.error
+        if outcome.counted and job.failed_at is None:
+            job.failed_at = time.time()
         envelope, plan = job.envelope, self.plan
         if error is not None:
             self.counts["failed"] += 1
@@ -617,7 +619,7 @@ class Runner:
                 return
         elif self._takes_the_long_way(job, delay):
             self.counts["retried"] += 1
-            copying = self._settler.retry(job.source.receiver, job.received, runs=runs, delay=delay, failed_at=time.time())
+            copying = self._settler.retry(job.source.receiver, job.received, runs=runs, delay=delay, failed_at=job.failed_at)
             await self._copy(job, outcome, copying)
             return
         if self._state == "draining":  # an ordered group: it goes back with its successors when the receiver closes
@@ -649,7 +651,7 @@ class Runner:
             dead,
             runs=job.attempt - 1 if dead.reason == "poison" else job.attempt,
             deliveries=job.attempt + job.received.crashes,
-            failed_at=time.time(),
+            failed_at=job.failed_at or time.time(),
         )
         if await self._copy(job, dead, copying):
             self.counts["dead"] += 1
@@ -752,7 +754,7 @@ class Runner:
                 self._stuck -= 1
                 job.outcome = None
             elif job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts
-                copying = self._settler.retry(job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=time.time())
+                copying = self._settler.retry(job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=job.failed_at)
                 if await copying is None:
                     self._finish(job, acked=False)
                     continue

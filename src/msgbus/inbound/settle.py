@@ -36,12 +36,13 @@ class Settler:
     handler: str
     max_delay: float | None
 
-    async def retry(self, receiver: Receiver, received: Received, *, runs: int, delay: float, failed_at: float) -> SendOutcome:
+    async def retry(self, receiver: Receiver, received: Received, *, runs: int, delay: float, failed_at: float | None) -> SendOutcome:
         """A copy for this group alone, not before `delay` seconds from now; `runs` of the handler are behind it."""
         source = received.envelope
         headers = {name: value for name, value in source.headers.items() if name != NOT_BEFORE}
         headers[ATTEMPT] = str(runs)
-        headers.setdefault(FIRST_FAILED_AT, utc_text(failed_at))
+        if failed_at is not None:  # None: the handler was not run
+            headers.setdefault(FIRST_FAILED_AT, utc_text(failed_at))
         if self.max_delay is not None and delay > self.max_delay:  # it goes round again with the rest of its time
             headers[NOT_BEFORE] = repr(time.time() + delay)
             delay = self.max_delay

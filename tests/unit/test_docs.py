@@ -146,7 +146,7 @@ def cli_commands() -> set[str] | None:
     import typer.main
 
     try:
-        command = typer.main.get_command(importlib.import_module("msgbus.cli").app)
+        command = typer.main.get_command(importlib.import_module("msgbus.cli.app").app)
     except (ImportError, AttributeError):  # under way
         return None
 

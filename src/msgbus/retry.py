@@ -34,18 +34,24 @@ class Retry:
         give_up_on: tuple[type[BaseException], ...] = (),
         max_age: timedelta | None = None,
     ) -> None:
-        if isinstance(attempts, bool) or attempts < 1:
-            raise ConfigurationError(f"Retry(attempts={attempts!r}): the first run counts, so at least 1")
+        if type(attempts) is not int or attempts < 1:
+            raise ConfigurationError(f"Retry(attempts={attempts!r}): the first run counts, so an int, at least 1")
         if not isinstance(wait, wait_base):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
             raise ConfigurationError(
                 f"Retry(wait={wait!r}): one of tenacity's waits, such as wait_fixed(2) or wait_random_exponential(max=60)"
             )
+        if retry_on is not None and not isinstance(retry_on, retry_base):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(
+                f"Retry(retry_on={retry_on!r}): one of tenacity's predicates, such as retry_if_exception_type(OSError)"
+            )
+        if not _are_exceptions(give_up_on):
+            raise ConfigurationError(f"Retry(give_up_on={give_up_on!r}): a tuple of exception classes, such as (ValueError,)")
         if max_age is not None and max_age <= timedelta(0):
             raise ConfigurationError(f"Retry(max_age={max_age}): must be positive")
         self.attempts = attempts
         self.wait = wait
         self.retry_on = retry_on
-        self.give_up_on = tuple(give_up_on)
+        self.give_up_on = give_up_on
         self.max_age = max_age
 
     @classmethod
@@ -89,6 +95,12 @@ class Retry:
         if isinstance(error, self.give_up_on):
             return True
         return self.retry_on is not None and not self.retry_on(_state(1, error))
+
+
+def _are_exceptions(given: object) -> bool:
+    """Asked of what a type checker would have refused: with anything else the first failure would end the subscription."""
+    kinds = cast("tuple[object, ...]", given) if isinstance(given, tuple) else (None,)
+    return all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)
 
 
 def _state(attempt: int, error: BaseException) -> RetryCallState:

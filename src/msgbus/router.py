@@ -10,6 +10,7 @@ from typing_extensions import TypedDict, Unpack
 
 from msgbus.batch import Batch
 from msgbus.contract.idempotency import IdempotencyStore
+from msgbus.errors import ConfigurationError
 from msgbus.inbound.subscription import Subscription, register
 from msgbus.retry import Retry
 from msgbus.topic import Topic
@@ -103,9 +104,15 @@ class Router:
         The handler takes the message first and, by annotation, a `Context` (`SyncContext` in a sync handler). What it raises is a
         failure, retried by `retry`; returning means done. Raises `ConfigurationError`, naming the place, for what can never work.
         """
+        if not isinstance(topic, str) and not _is_topic(topic):  # also `@bus.subscribe` without brackets, which would handle nothing
+            raise ConfigurationError(f"subscribe(topic, ...): the topic is a Topic or its name, not {topic!r}")
 
         def decorate(handler: F) -> F:
             self.subscriptions.append(register(topic, handler, options))
             return handler
 
         return decorate
+
+
+def _is_topic(given: object) -> bool:
+    return isinstance(given, Topic)

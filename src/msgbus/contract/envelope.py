@@ -155,6 +155,8 @@ def check_id(text: str, what: str) -> str:
 
 def check_headers(headers: Mapping[str, str]) -> None:
     """Refuses with `InvalidHeader` what not every broker can carry, naming the header."""
+    if not isinstance(headers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
+        raise InvalidHeader(f"headers: a mapping of text to text, not {type(headers).__name__}")
     if len(headers) > MAX_HEADERS:
         raise InvalidHeader(f"{len(headers)} headers: at most {MAX_HEADERS} travel on every broker")
     total = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from msgbus.batch import Batch
+from msgbus.codecs import codec_for
 from msgbus.contract.adapter import Adapter, Capability, ReceiverSpec
 from msgbus.contract.envelope import check_group, check_topic
 from msgbus.contract.idempotency import IdempotencyStore
@@ -103,6 +104,11 @@ def _plan(subscription: Subscription, topics: Mapping[str, Topic[Any]], defaults
     signature = bind(subscription, known)
     topic = known if known is not None else Topic(subscription.topic_name, signature.model)
     check_topic(defaults.namespace + topic.name)
+    for carried in (topic, options.publish_to or topic):
+        try:
+            codec_for(carried.model, carried.content_type)
+        except TypeError as error:
+            raise ConfigurationError(f"{place}: topic {carried.name!r}: {error}") from error
     concurrency = options.concurrency or defaults.concurrency
     size = options.batch.size if options.batch is not None else 1
     window = options.window or 2 * concurrency * size

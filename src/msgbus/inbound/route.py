@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import functools
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
@@ -112,7 +112,7 @@ class Route(Generic[M]):
         arguments: dict[str, Any] = {}
         if (name := self._context_name) is not None:
             arguments[name] = [self._sync(one, loop) for one in context] if isinstance(context, list) else self._sync(context, loop)
-        run: Callable[[], Any] = functools.partial(contextvars.copy_context().run, self._handler, message, **arguments)
+        run: Callable[[], Any] = functools.partial(contextvars.copy_context().run, _call, self._handler, message, **arguments)
         return loop.run_in_executor(self._executor, run)
 
     def _sync(self, context: Context, loop: asyncio.AbstractEventLoop) -> SyncContext:
@@ -227,6 +227,16 @@ class Gathering:
         except Exception as error:
             return [self._route.member_outcome(context, error) for context in contexts]
         return [DONE] * len(contexts)
+
+
+def _call(handler: Callable[..., Any], message: Any, /, **arguments: Any) -> Any:
+    """A sync handler's call. A coroutine that it returns would never run, and its message would count as done."""
+    result = handler(message, **arguments)
+    if isinstance(result, Awaitable):
+        if isinstance(result, Coroutine):
+            result.close()
+        raise TypeError("the handler is no async function, yet it returned something to be awaited: make it async def")
+    return result
 
 
 def derived_id(message_id: str, group: str) -> str:

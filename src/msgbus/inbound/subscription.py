@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from typing_extensions import is_typeddict
 
 from msgbus.batch import Batch
 from msgbus.context import Context, SyncContext
@@ -39,6 +42,19 @@ class SubscriptionOptions:
 
 
 _OPTIONS = frozenset(SubscriptionOptions.__dataclass_fields__)
+_TAKES: dict[str, tuple[type, str]] = {
+    "name": (str, "text"),
+    "group": (str, "text"),
+    "retry": (Retry, "msgbus.Retry(...)"),
+    "concurrency": (int, "an int"),
+    "timeout": (timedelta, "a timedelta"),
+    "window": (int, "an int"),
+    "ordered": (bool, "a bool"),
+    "broadcast": (bool, "a bool"),
+    "batch": (Batch, "msgbus.Batch(...)"),
+    "publish_to": (Topic, "a Topic"),
+}
+"""What an option's value must be: not everyone runs a type checker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +93,16 @@ def register(topic: Topic[Any] | str, handler: Callable[..., Any], options: dict
     unknown = options.keys() - _OPTIONS
     if unknown:
         raise ConfigurationError(f"{place}: subscribe() has no option {', '.join(sorted(unknown))}; known: {', '.join(sorted(_OPTIONS))}")
-    for name in ("name", "group", "retry", "concurrency", "timeout", "window", "ordered"):
-        if name in options and options[name] is None:
-            raise ConfigurationError(f"{place}: {name}=None; leave it out for the default")
+    for name, value in options.items():
+        if value is None:
+            if name not in ("batch", "publish_to"):
+                raise ConfigurationError(f"{place}: {name}=None; leave it out for the default")
+        elif name in _TAKES:
+            kind, words = _TAKES[name]
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ConfigurationError(f"{place}: {name}={value!r}: takes {words}")
+        elif name == "idempotency" and value is not False and not isinstance(value, IdempotencyStore):
+            raise ConfigurationError(f"{place}: idempotency={value!r}: takes a store, or False")
     checked = SubscriptionOptions(**options)
     if not callable(handler):
         raise ConfigurationError(f"{place}: a handler is a function")
@@ -107,8 +130,6 @@ def register(topic: Topic[Any] | str, handler: Callable[..., Any], options: dict
         raise ConfigurationError(f"{place}: on_failure={checked.on_failure!r}: 'block' or 'skip'")
     if checked.start not in ("earliest", "latest"):
         raise ConfigurationError(f"{place}: start={checked.start!r}: 'earliest' or 'latest'")
-    if checked.retry is not None and not isinstance(checked.retry, Retry):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
-        raise ConfigurationError(f"{place}: retry= takes msgbus.Retry(...), not {checked.retry!r}")
     try:
         if checked.group is not None:
             check_group(checked.group)
@@ -138,6 +159,8 @@ def bind(subscription: Subscription, topic: Topic[Any] | None) -> Signature:
     hints = _hints(handler, place)
     first = parameters[0]
     annotated = hints.get(first.name, inspect.Parameter.empty)
+    if annotated in (Context, SyncContext):
+        raise ConfigurationError(f"{place}: a handler takes the message as its first parameter; {first.name!r} is a {annotated.__name__}")
     batch = options.batch is not None
     if batch and annotated is not inspect.Parameter.empty:
         if typing.get_origin(annotated) is not list or len(typing.get_args(annotated)) != 1:
@@ -203,6 +226,8 @@ def _positional(handler: Callable[..., Any], place: str) -> list[inspect.Paramet
 
 def _hints(handler: Callable[..., Any], place: str) -> dict[str, Any]:
     function = _function(handler)
+    if isinstance(function, type):
+        function = cast("Callable[..., Any]", inspect.getattr_static(function, "__init__"))
     try:
         return typing.get_type_hints(function, include_extras=True)
     except Exception as error:  # a NameError, or whatever evaluating the user's annotation raises
@@ -212,20 +237,30 @@ def _hints(handler: Callable[..., Any], place: str) -> dict[str, Any]:
 
 
 def _fits(annotated: Any, model: Any) -> bool:
-    """Whether a handler so annotated can take the topic's model. Subclasses pass where both are classes; what is not annotated passes."""
-    if (
-        annotated is inspect.Parameter.empty
-        or annotated == model
-        or annotated is Any
-        or annotated is object
-        or isinstance(annotated, typing.TypeVar)
-    ):
+    """Whether a handler so annotated can take the topic's model, as far as run time can tell; the rest is the type checker's matter."""
+    annotated, model = _bare(annotated), _bare(model)
+    if annotated in (inspect.Parameter.empty, Any, object, model) or isinstance(annotated, typing.TypeVar):
         return True
-    if isinstance(annotated, type) and isinstance(model, type):
-        return issubclass(model, annotated)
-    if isinstance(annotated, type) != isinstance(model, type):
-        return not isinstance(model, type)  # a union or Annotated[...] against a class: the type checker's matter
-    return True
+    if typing.get_origin(model) in _UNIONS:
+        return all(_fits(annotated, member) for member in typing.get_args(model))
+    if typing.get_origin(annotated) in _UNIONS:
+        return any(_fits(member, model) for member in typing.get_args(annotated))
+    wanted, given = typing.get_origin(annotated) or annotated, typing.get_origin(model) or model
+    if not isinstance(wanted, type) or not isinstance(given, type) or getattr(wanted, "_is_protocol", False):
+        return True
+    if is_typeddict(wanted):
+        return is_typeddict(given)
+    return issubclass(dict if is_typeddict(given) else given, wanted)
+
+
+_UNIONS = (typing.Union, types.UnionType)
+
+
+def _bare(hint: Any) -> Any:
+    """A type without what `Annotated[...]` says about it."""
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    return hint
 
 
 def _function(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -153,7 +153,7 @@ class Writer(Generic[M]):
                     "Topic(..., priorities=True)",
                 )
         expires_in = options.get("expires_in")
-        if expires_in is not None and expires_in <= timedelta(0):
+        if expires_in is not None and _duration(expires_in, "expires_in") <= timedelta(0):
             raise ValueError(f"expires_in must be positive, not {expires_in}")
         return Envelope(
             message_id,
@@ -170,10 +170,12 @@ class Writer(Generic[M]):
         if delay is not None and deliver_at is not None:
             raise ValueError("delay and deliver_at say the same thing: give one of them")
         if delay is not None:
-            seconds = delay.total_seconds()
+            seconds = _duration(delay, "delay").total_seconds()
             if seconds < 0:
                 raise ValueError(f"delay must not be negative, not {delay}")
         elif deliver_at is not None:
+            if not isinstance(deliver_at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
+                raise TypeError(f"deliver_at={deliver_at!r}: takes a datetime")
             if deliver_at.tzinfo is None:
                 raise ValueError(f"deliver_at {deliver_at} has no time zone: datetime(..., tzinfo=UTC) or .astimezone()")
             seconds = max(0.0, deliver_at.timestamp() - now)
@@ -187,6 +189,13 @@ class Writer(Generic[M]):
                 "a shorter delay",
             )
         return seconds
+
+
+def _duration(given: timedelta, option: str) -> timedelta:
+    """The duration, if it is one: users without a checker write numbers."""
+    if not isinstance(given, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{option}={given!r}: takes a timedelta")
+    return given
 
 
 def _key_function(topic: Topic[M]) -> Callable[[M], str | None] | None:

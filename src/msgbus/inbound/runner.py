@@ -379,20 +379,21 @@ class Runner:
                 suspects += 1
         if self._quarantined:
             source.calm = 0 if suspects else CALM if not batch else source.calm + 1
-            if not batch and all(other.calm >= CALM for other in self._sources):
-                log.info("%s: quarantine is over", self.plan.name)
-                self._quarantined = False
-                raise _ReopenError
+            if not all(other.calm >= CALM for other in self._sources):
+                return
+            log.info("%s: quarantine is over", self.plan.name)
         elif suspects:
             log.warning(
                 "%s: messages came that were in hand when processes died: one at a time until they are through",
                 self.plan.name,
             )
-            self._quarantined = True
-            if self._lanes is None:
-                for received in batch:
-                    self._spawn(self._bounded(source.receiver.release(received)))
-            raise _ReopenError
+        else:
+            return
+        self._quarantined = not self._quarantined
+        if self._lanes is None:
+            for received in batch:
+                self._spawn(self._bounded(source.receiver.release(received)))
+        raise _ReopenError
 
     def _deaths(self, received: Received) -> int:
         """Deaths of processes that held it: the broker's count at this process's first sight of it. The rest are our own lost links."""

@@ -86,7 +86,7 @@ class Runner:
         self._runs = 0
         self._inflight: dict[str, Job] = {}
         self._waiting: dict[Job, asyncio.TimerHandle] = {}
-        self._stuck = 0  # jobs among the waiting whose outcome could not be carried out
+        self._stuck: set[Job] = set()  # whose outcome could not be carried out, and waits to be tried again
         self._sources: list[Source] = []
         self._idlers: deque[asyncio.Future[bool]] = deque()
         self._awake = 0  # workers that will look at what is ready before they wait
@@ -132,7 +132,7 @@ class Runner:
     @property
     def intake_stopped(self) -> bool:
         """So much waits for its next run, or cannot be settled, that nothing new is taken."""
-        return self._stuck > 0 or len(self._waiting) >= self._half
+        return bool(self._stuck) or len(self._waiting) >= self._half
 
     def pause(self) -> None:
         """Starts nothing more; gives back what is not started, where the group has no order. Twice is once."""
@@ -312,7 +312,7 @@ class Runner:
             self._cancel_wait(job)
         self._inflight.clear()
         self._ready.take_all()
-        self._stuck = 0
+        self._stuck.clear()
         if self._lanes is not None:
             self._lanes.clear()
 
@@ -359,7 +359,7 @@ class Runner:
             room > 0
             and self._limit > 0
             and (room * 2 >= source.window or not len(self._ready))
-            and not (self._waiting and (self._stuck > 0 or len(self._waiting) >= self._half))
+            and not (self._waiting and (self._stuck or len(self._waiting) >= self._half))
         )
 
     async def _wait_for_room(self, source: Source) -> None:
@@ -570,7 +570,7 @@ class Runner:
     async def _carry_out(self, job: Job, outcome: Outcome) -> None:
         """The one place where an outcome becomes what the broker is told."""
         if job.outcome is not None:
-            self._stuck -= 1
+            self._stuck.discard(job)
             job.outcome = None
         match outcome:
             case Done():
@@ -682,7 +682,7 @@ class Runner:
         log.error("%s: %s stays with its source, its copy could not be stored: %s", self.plan.name, job.envelope.id, problem)
         self.last_error = _said(problem)
         job.outcome = outcome
-        self._stuck += 1
+        self._stuck.add(job)
         self._wait(job, self._settle_pause * random.uniform(0.5, 1.0))
         self._settle_pause = min(self._settle_pause * 2, 30.0)
         return False
@@ -752,7 +752,7 @@ class Runner:
         for job in jobs:
             self._cancel_wait(job)
             if job.outcome is not None:
-                self._stuck -= 1
+                self._stuck.discard(job)
                 job.outcome = None
             elif job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts
                 copying = self._settler.retry(job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=job.failed_at)

@@ -694,6 +694,8 @@ class Runner:
     def _due(self, job: Job) -> None:
         if self._waiting.pop(job, None) is not None:
             self._put(job)
+            if self._paused or self._breaker.state == "open":  # others of the group may have it
+                self._refresh()
 
     def _cancel_wait(self, job: Job) -> None:
         timer = self._waiting.pop(job, None)

@@ -506,6 +506,8 @@ class Runner:
             outcome = self._cancelled(job, error)
         if run.waited:
             self._awake += 1
+        if self._cutting and isinstance(outcome, RetryAfter | Dead):
+            raise asyncio.CancelledError  # what the handler made of our cancelling it: back it goes, uncounted
         if outcome is DONE and self._breaker.state == "closed":
             self._runs += 1
             self.counts["done"] += 1
@@ -549,6 +551,8 @@ class Runner:
         if run.waited:
             self._awake += 1
         for job, outcome in zip(jobs, outcomes, strict=True):
+            if self._cutting and isinstance(outcome, RetryAfter | Dead):
+                continue  # as above
             self._feed_breaker(outcome)
             await self._carry_out(job, outcome)
 

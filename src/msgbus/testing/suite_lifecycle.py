@@ -647,19 +647,23 @@ async def confirmed_outlives_its_process_and_a_restart(stage: Stage) -> None:
         await publisher.publish(ORDERS, Order(n=0))
     await publish_in_another_process(stage, 1)
     seen: Seen[int] = Seen()
-    bus = stage.bus()
 
-    @bus.subscribe(ORDERS)
-    async def handle(order: Order) -> None:
-        await seen.add(order.n)
+    def consuming() -> Bus:
+        bus = stage.bus()
 
-    worker = await stage.start(bus)
+        @bus.subscribe(ORDERS)
+        async def handle(order: Order) -> None:
+            await seen.add(order.n)
+
+        return bus
+
+    worker = await stage.start(consuming())
     await seen.wait_for(2)
     await worker.stop()
     async with stage.bus(service="publisher") as publisher:
         await publisher.publish(ORDERS, Order(n=2))
     await stage.broker.restart()
-    await stage.start(bus)
+    await stage.start(consuming())
     await seen.wait_until(lambda items: 2 in items, seconds=30, what="what was confirmed before the restart")
 
 

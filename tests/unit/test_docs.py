@@ -139,56 +139,60 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
-def cli_commands() -> set[str] | None:
-    """The commands that `msgbus` knows, groups as `dead list`; None while there is no command line."""
-    if importlib.util.find_spec("msgbus.cli") is None or importlib.util.find_spec("typer") is None:
+def cli_commands() -> dict[str, set[str]] | None:
+    """The commands that `msgbus` knows, those of groups as `dead list`, with their options; None while there is no command line."""
+    if importlib.util.find_spec("msgbus.cli") is None:
         return None
     import typer.main
 
-    try:
-        command = typer.main.get_command(importlib.import_module("msgbus.cli.app").app)
-    except (ImportError, AttributeError):  # under way
-        return None
+    def commands(group: object, before: str) -> Iterator[tuple[str, set[str]]]:
+        members: dict[str, object] = getattr(group, "commands", {})  # a single command has none
+        if not members:
+            yield before.strip(), {option for parameter in getattr(group, "params", []) for option in parameter.opts}
+        for own, member in members.items():
+            yield from commands(member, f"{before} {own}")
 
-    def names(group: object, before: str) -> Iterator[str]:
-        commands: dict[str, object] = getattr(group, "commands", {})  # of a group of commands; a single command has none
-        for own, sub in commands.items():
-            yield before + own
-            yield from names(sub, f"{before}{own} ")
+    return dict(commands(typer.main.get_command(importlib.import_module("msgbus.cli.app").app), ""))
 
-    return set(names(command, ""))
+
+def check_msgbus(words: list[str], known: dict[str, set[str]]) -> None:
+    """A line `msgbus ...`: its command is known, and so are the command's options."""
+    command = next((name for name in (" ".join(words[:2]), words[0]) if name in known), None)
+    assert command is not None, f"no such command: {words}"
+    options = {word.partition("=")[0] for word in words if word.startswith("-")}
+    assert options <= known[command], f"{command} has no {options - known[command]}"
+
+
+def check_command(words: list[str], known: dict[str, set[str]] | None) -> None:
+    """One command of an sh block. What nobody can check is refused."""
+    match words:
+        case ["make", *rest]:
+            assert {word for word in rest if "=" not in word} <= targets()
+        case ["msgbus", *rest]:
+            if known is not None:
+                check_msgbus(rest, known)
+        case ["python", "-m", "pip", "install", *_]:
+            pass
+        case ["python", "-m", "pytest", "--pyargs", package]:
+            assert package.startswith(("msgbus", "my_"))
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None
+        case _:
+            pytest.fail(f"a command that nobody checks: {words}")
 
 
 def test_commands_exist(page: Path) -> None:
-    """A `make` line of an sh block names targets of the Makefile, a `msgbus` line a command of it, a file that is named is there."""
+    """A `make` line of an sh block names targets of the Makefile, a `msgbus` line a command of it and its options."""
     known = cli_commands()
     for block in blocks(page):
-        if block.language != "sh":
-            continue
-        for number, line in enumerate(block.text.splitlines(), block.line):
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                setting = words.pop(0).partition("=")[0]
-                assert setting.removeprefix("MSGBUS_").lower() in Settings.model_fields or setting in {"ARGS", "PYTHON"}, f"line {number}"
-            if not words:
-                continue
-            match words:
-                case ["make", *rest]:
-                    assert {word for word in rest if "=" not in word} <= targets(), f"line {number}"
-                case ["msgbus", *rest] if known is not None:
-                    assert rest[0] in known, f"line {number}"
-                    if any(command.startswith(rest[0] + " ") for command in known):
-                        assert " ".join(rest[:2]) in known, f"line {number}"
-                case ["msgbus", *_]:
-                    pass
-                case ["python", "-m", "pip", "install", *_]:
-                    pass
-                case ["python", "-m", "pytest", "--pyargs", package]:
-                    assert package.startswith(("msgbus", "my_")), f"line {number}"
-                case ["python", "-m", module, *_]:
-                    assert importlib.util.find_spec(module) is not None, f"line {number}"
-                case _:
-                    pytest.fail(f"line {number}: a command that nobody checks: {line}")
+        if block.language == "sh":
+            for line in block.text.splitlines():
+                words = shlex.split(line, comments=True)
+                while words and (setting := re.fullmatch(r"([A-Z_]+)=.*", words[0])):
+                    assert setting[1].removeprefix("MSGBUS_").lower() in Settings.model_fields
+                    words.pop(0)
+                if words:
+                    check_command(words, known)
 
 
 # ---------------------------------------------------------------- links

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from datetime import timedelta
 from typing import Any, cast
 
@@ -11,6 +13,8 @@ from tenacity.wait import wait_base
 
 from msgbus.contract.outcome import Dead, Dropped, Outcome, RetryAfter
 from msgbus.errors import BrokerError, ConfigurationError, DecodeError, Drop, Reject, RetryLater, StoreError
+
+log = logging.getLogger("msgbus")
 
 _DEFAULT_WAIT = wait_random_exponential(multiplier=1, max=60)
 
@@ -78,10 +82,8 @@ class Retry:
             return Dead("rejected", error)
         if attempt >= self.attempts:
             return Dead("exhausted", error)
-        if isinstance(error, RetryLater) and error.after is not None:
-            delay = error.after.total_seconds()
-        else:
-            delay = max(0.0, float(self.wait(_state(attempt, error))))
+        asked = error.after if isinstance(error, RetryLater) else None
+        delay = self._wait(attempt, error) if asked is None else asked.total_seconds()
         if self.max_age is not None and age + delay > self.max_age.total_seconds():
             return Dead("exhausted", error)
         return RetryAfter(delay, error)
@@ -89,12 +91,33 @@ class Retry:
     def _gives_up(self, error: BaseException) -> bool:
         if isinstance(error, RetryLater):
             return False
+        if isinstance(error, Reject | DecodeError):  # in a group; alone they were answered before
+            return True
         leaves = _leaves(error)
         if leaves:
             return all(self._gives_up(leaf) for leaf in leaves)
         if isinstance(error, self.give_up_on):
             return True
-        return self.retry_on is not None and not self.retry_on(_state(1, error))
+        return not self._retries(error)
+
+    def _retries(self, error: BaseException) -> bool:
+        """Whether `retry_on` matches. One that breaks decides nothing: the message is retried, and the subscription lives on."""
+        try:
+            return self.retry_on is None or self.retry_on(_state(1, error))
+        except Exception:
+            log.exception("%r: retry_on failed on %s; the message is retried", self, type(error).__name__)
+            return True
+
+    def _wait(self, attempt: int, error: BaseException) -> float:
+        """Seconds until the next run. A wait that breaks, or has no end, is answered by the default one."""
+        try:
+            delay = float(self.wait(_state(attempt, error)))
+            if math.isfinite(delay):
+                return max(0.0, delay)
+            log.error("%r: wait gave %r; the default wait is used", self, delay)
+        except Exception:
+            log.exception("%r: wait failed; the default wait is used", self)
+        return float(_DEFAULT_WAIT(_state(attempt, error)))
 
 
 def _are_exceptions(given: object) -> bool:

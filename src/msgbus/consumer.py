@@ -246,7 +246,7 @@ class Consumer(Generic[M_co]):
                 return await settler.retry(receiver, received, runs=attempt, delay=outcome.delay, failed_at=now)
             outcome = Dead("expired", error)
         assert isinstance(outcome, Dead)  # a Drop is no word of a delivery
-        return await settler.bury(receiver, received, outcome, runs=attempt, deliveries=attempt + received.crashes, failed_at=now)
+        return await settler.bury(receiver, received, outcome, attempt=attempt, deliveries=attempt + received.crashes, failed_at=now)
 
     # ------------------------------------------------------------ inside
 

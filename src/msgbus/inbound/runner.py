@@ -24,7 +24,7 @@ from msgbus.inbound.job import Job, Source
 from msgbus.inbound.lanes import Lanes
 from msgbus.inbound.ready import ByWeight, OneLevel, share_of_window
 from msgbus.inbound.route import Route
-from msgbus.inbound.settle import Settler
+from msgbus.inbound.settle import Settler, words_of
 from msgbus.retry import is_dependency_failure
 
 log = logging.getLogger("msgbus")
@@ -654,7 +654,7 @@ class Runner:
             job.source.receiver,
             job.received,
             dead,
-            runs=job.attempt - 1 if dead.reason == "poison" else job.attempt,
+            attempt=job.attempt,
             deliveries=job.attempt + job.received.crashes,
             failed_at=job.failed_at or time.time(),
         )
@@ -817,4 +817,5 @@ def _resolve(future: asyncio.Future[Any], value: object) -> None:
 def _said(error: BaseException | str) -> str:
     if isinstance(error, str):
         return error
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    words = words_of(error)
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -20,7 +20,7 @@ from msgbus.contract.adapter import Forwarding, Received, Receiver, SendOutcome
 from msgbus.contract.address import dead_topic
 from msgbus.contract.envelope import ATTEMPT, CE_TIME, DEAD, FIRST_FAILED_AT, NOT_BEFORE, Envelope, utc_text
 from msgbus.contract.outcome import Dead
-from msgbus.errors import BrokerError, MsgbusError, PublishUnknown
+from msgbus.errors import BrokerError, DecodeError, MsgbusError, PublishUnknown
 from msgbus.outbound.pipeline import GRACE, Pipeline
 
 MAX_ERROR = 1024
@@ -60,11 +60,12 @@ class Settler:
         return await self._forward(receiver, received, copy)
 
     async def bury(
-        self, receiver: Receiver, received: Received, dead: Dead, *, runs: int, deliveries: int, failed_at: float
+        self, receiver: Receiver, received: Received, dead: Dead, *, attempt: int, deliveries: int, failed_at: float
     ) -> SendOutcome:
-        """A dead letter: body and headers as they came, and the record of why."""
+        """A dead letter: body and headers as they came, and the record of why. `attempt`: which run of the handler it died at, or before."""
         source = received.envelope
-        record = self._record(source, dead, runs=runs, deliveries=deliveries, failed_at=failed_at)
+        never_ran = dead.reason in ("poison", "idempotency_conflict") or isinstance(dead.error, DecodeError)
+        record = self._record(source, dead, runs=attempt - never_ran, deliveries=deliveries, failed_at=failed_at)
         copy = Envelope(
             source.id,
             dead_topic(self.topic, self.group),
@@ -93,7 +94,7 @@ class Settler:
 
     def _record(self, source: Envelope, dead: Dead, *, runs: int, deliveries: int, failed_at: float) -> Mapping[str, str]:
         error = dead.error
-        text = error if isinstance(error, str) else str(error) or type(error).__name__
+        text = error if isinstance(error, str) else words_of(error) or type(error).__name__
         record = {
             "reason": dead.reason,
             "topic": self.topic,
@@ -115,6 +116,14 @@ class Settler:
 
 
 _VERSION = version("msgbus")
+
+
+def words_of(error: BaseException) -> str:
+    """The error's text. One whose `__str__` fails says nothing, and costs nobody more than that."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _header_text(text: str, limit: int) -> str:

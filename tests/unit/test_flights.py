@@ -20,7 +20,7 @@ from examples.flights.__main__ import main
 from examples.flights.data import COLUMNS, WHOLE_YEAR, Expected, InputError, departures
 from examples.flights.reconcile import Outcome
 from examples.flights.results import Planes, Results, Seen
-from examples.flights.service import Departure, flights
+from examples.flights.service import Departure, bus, flights
 from examples.flights.service import departures as topic
 from rich.console import Console
 
@@ -103,6 +103,14 @@ def test_the_command_ends_in_a_table_and_exit_code_0(path: Path, rows: int | Non
     assert f"{rows or ROWS:,} departures" in done.stdout
     assert "every departure is accounted for" in done.stdout
     assert "dead letter departures" not in done.stderr
+
+
+async def test_the_service_can_be_looked_at_without_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bus stands in the module, for the command line: three groups, of which one keeps the order of a plane."""
+    monkeypatch.setenv("MSGBUS_URL", "memory://")
+    async with bus:
+        ordered = {plan.group: plan.ordered for plan in bus.plans}
+    assert ordered == {"punctuality": False, "rotation": True, "alerts": False}
 
 
 # ------------------------------------------------------------ when it is not

@@ -36,7 +36,7 @@ check: $(venv)/.installed ## lint, format, types, floors
 	$(python) -m pyright
 	$(venv)/bin/lint-imports --no-logo
 
-bench: $(venv)/.installed ## run the benchmarks
+bench: $(venv)/.demo ## run the benchmarks
 	$(python) -m benchmarks $(ARGS)
 
 docs: $(venv)/.installed ## run the code of README.md and docs/

@@ -22,7 +22,8 @@ def names() -> list[str]:
 
 def show(result: Result) -> None:
     """One benchmark's result, for people."""
-    print(f"{result.name}: {result.what} ({result.rounds} rounds, medians)")
+    rounds = "one run" if result.rounds == 1 else f"{result.rounds} rounds, medians"
+    print(f"{result.name}: {result.what} ({rounds})")
     for contender, value in result.measures.items():
         print(f"  {contender:<40} {value:10.1f} {result.unit}")
     limit = "" if result.limit is None else f", limit {result.limit:g}: {'kept' if result.kept else 'NOT KEPT'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -44,7 +44,7 @@ class Calls:
         self._known: dict[object, tuple[str, str | None] | None] = {}
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
+    def counting(self) -> Generator[None, None, None]:
         sys.setprofile(self._note)
         try:
             yield

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
@@ -138,24 +139,26 @@ class DeadLetters:
         runtime = self._entered()
         loop = asyncio.get_running_loop()
         next_at = loop.time()
-        async for receiver, received in self._take(limit, chosen):
-            if rate is not None:
-                await asyncio.sleep(max(0.0, next_at - loop.time()))
-                next_at = max(next_at, loop.time()) + 1.0 / rate
-            copy = self._back(runtime, received.envelope)
-            problem = (await runtime.pipeline.deliver([copy], loop.time() + runtime.publish_timeout))[0]
-            if problem is not None:
-                raise problem
-            receiver.ack(received)
-            sent += 1
+        async with aclosing(self._take(limit, chosen)) as taking:  # what was not sent is back when an error is raised
+            async for receiver, received in taking:
+                if rate is not None:
+                    await asyncio.sleep(max(0.0, next_at - loop.time()))
+                    next_at = max(next_at, loop.time()) + 1.0 / rate
+                copy = self._back(runtime, received.envelope)
+                problem = (await runtime.pipeline.deliver([copy], loop.time() + runtime.publish_timeout))[0]
+                if problem is not None:
+                    raise problem
+                receiver.ack(received)
+                sent += 1
         return sent
 
     async def purge(self, *, where: Where | None = None) -> int:
         """Discards them for good; returns how many."""
         purged = 0
-        async for receiver, received in self._take(None, lambda letter, _: where is None or where(letter)):
-            receiver.ack(received)
-            purged += 1
+        async with aclosing(self._take(None, lambda letter, _: where is None or where(letter))) as taking:
+            async for receiver, received in taking:
+                receiver.ack(received)
+                purged += 1
         return purged
 
     # ------------------------------------------------------------ inside
@@ -184,7 +187,9 @@ class DeadLetters:
         async for envelope in runtime.adapter.peek(self._name(runtime), DEAD_GROUP):
             yield envelope
 
-    async def _take(self, limit: int | None, chosen: Callable[[DeadLetter, Envelope], bool]) -> AsyncIterator[tuple[Receiver, Received]]:
+    async def _take(
+        self, limit: int | None, chosen: Callable[[DeadLetter, Envelope], bool]
+    ) -> AsyncGenerator[tuple[Receiver, Received], None]:
         """Hands out those that are chosen, to be settled; the rest go back untouched when it ends. Each is looked at once."""
         from msgbus.runtime import dead_receiver
 

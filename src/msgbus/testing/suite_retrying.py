@@ -287,7 +287,7 @@ async def dlq_headers_complete(stage: Stage) -> None:
 @conformance(seconds=60)
 async def dlq_write_failure_keeps_source(stage: Stage) -> None:
     """C9: a message whose dead letter cannot be stored is not acked: it stays with its source, its handler is not run again for it, and
-    the subscription takes nothing more meanwhile and says so. Once it can be stored it is; if the process dies first, another one has it."""
+    the subscription takes nothing more meanwhile, and says so. Once it can be stored it is; if the process dies first, another has it."""
     dead = dead_topic(stage.name("orders"), "suite")
     faulty = FaultyAdapter(stage.new_adapter())
     bus = stage.bus(adapter=faulty)
@@ -376,8 +376,8 @@ async def redrive_preserves_id_and_body(stage: Stage) -> None:
 
 @conformance(seconds=60)
 async def redrive_filter_limit_dry_run(stage: Stage) -> None:
-    """4.6: `where`, `limit` and `dry_run` send back what they say, and leave all else as it is. What cannot be sent stays a dead letter, its
-    error is raised, and nothing after it is touched. What was sent back three times is refused without `force`."""
+    """4.6: `where`, `limit` and `dry_run` send back what they say, and leave all else as it is. What cannot be sent stays a dead letter,
+    its error is raised, and nothing after it is touched. What was sent back three times is refused without `force`."""
     bus = stage.bus(retry=Retry.none())
     runs: Seen[int] = Seen()
     mended = False
@@ -418,7 +418,9 @@ async def redrive_filter_limit_dry_run(stage: Stage) -> None:
     with pytest.raises(PublishRejected) as refused:
         await letters.redrive()
     faulty.on_send = None
-    assert await left(6) == ["0", "1", "2", "3", "4", "5"], f"after {refused.value}"
+    if isinstance(faulty.real, Peekable):
+        assert len([letter async for letter in letters.list()]) == 6, f"all are back when it is said: {refused.value}"
+    assert await left(6) == ["0", "1", "2", "3", "4", "5"]
     assert len(runs.items) == 6
 
     assert await letters.redrive(where=even, limit=2) == 2
@@ -503,7 +505,8 @@ async def poison_process_killer_dead_lettered_and_its_neighbours_spared(stage: S
             (letter,) = await stage.dead_letters(1, topic.name)
             assert (letter.id, letter.reason) == ("the-killer", "poison")
             assert letter.deliveries >= deadly
-            await eventually(lambda: state_of(worker.bus).state == "running", what="the end of the quarantine")
+            last = worker.bus
+            await eventually(lambda: state_of(last).state == "running", what="the end of the quarantine")  # noqa: B023  at once
         finally:
             if feeding is not None:
                 feeding.cancel()
@@ -615,12 +618,13 @@ async def tries_that_never_ran_do_not_count(stage: Stage) -> None:
     async def handle(order: Order, context: Context) -> None:
         await runs.add((context.attempt, time.time()))
         if context.attempt in (1, 2, 5):
-            store.says = [InProgress(0.01), StoreError("away"), StoreError("away"), InProgress(0.01), InProgress(0.01)]
+            store.says += [InProgress(0.01), StoreError("away"), StoreError("away"), InProgress(0.01), InProgress(0.01)]
         raise ValueError("it always fails")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(idempotency, "STORE_AWAY", 0.05)
-        store.says = [InProgress(0.01)] * 5 + [StoreError("away")] * 5
+        patch.setattr(breaker, "FIRST_PAUSE", 0.2)  # it opens too, and what it holds up is not counted either
+        store.says += [*[InProgress(0.01)] * 5, *[StoreError("away")] * 5]
         await stage.start(bus)
         publisher = await stage.publisher()
         await publisher.publish(ORDERS, Order())
@@ -742,8 +746,8 @@ async def breaker_opens_pauses_probes_closes(stage: Stage) -> None:
 
 @conformance()
 async def shutdown_cancel_not_counted_as_attempt(stage: Stage) -> None:
-    """C10, 4.2: a run that a shutdown cancels is no attempt, whatever its handler makes of the cancellation: the message is not settled, and
-    its next run is the same attempt, though the policy has no other one left."""
+    """C10, 4.2: a run that a shutdown cancels is no attempt, whatever its handler makes of the cancellation: the message is not settled,
+    and its next run is the same attempt, though the policy has no other one left."""
     publisher = await stage.publisher()
     runs: Seen[tuple[str, int]] = Seen()
 

@@ -138,8 +138,14 @@ def _plan(subscription: Subscription, topics: Mapping[str, Topic[Any]], defaults
         timeout=None if options.timeout is None else options.timeout.total_seconds(),
         batch=options.batch,
         publish_to=options.publish_to,
-        store=defaults.store if options.idempotency is None else options.idempotency or None,
+        store=_store(subscription, defaults.store),
     )
+
+
+def _store(subscription: Subscription, default: IdempotencyStore | None) -> IdempotencyStore | None:
+    """Asked by identity: a store that holds nothing yet may be falsy."""
+    chosen = subscription.options.idempotency
+    return default if chosen is None else None if chosen is False else chosen
 
 
 def _group(subscription: Subscription, service: str | None) -> str | None:

@@ -138,7 +138,7 @@ class Bus(Router, Publishes):
         """
         if self._runtime is not None:
             raise ConfigurationError("the bus is entered already; `async with bus`, `running()` and `run()` do not nest")
-        runtime = self._make_runtime()
+        runtime = self.make_runtime()
         await runtime.open()
         self._runtime = runtime
         self._loop = asyncio.get_running_loop()
@@ -212,6 +212,46 @@ class Bus(Router, Publishes):
         """The open parts, for tools such as the command line. While entered."""
         return self._entered()
 
+    def use_url(self, url: str) -> None:
+        """Another broker than the program names, from the next time it is entered: what `msgbus run --url` says."""
+        self._url, self._adapter = url, None
+
+    def find_url(self) -> str | None:
+        """The broker's URL, by argument or settings. Secret: it may hold a password. None: none is set, or `adapter=` is there instead."""
+        from msgbus.settings import load
+
+        if self._url or self._adapter is not None:
+            return self._url
+        url = load(self._settings).url
+        return None if url is None else url.get_secret_value()
+
+    def make_runtime(self) -> Runtime:
+        """What entering opens, not opened yet: for tools that look and declare nothing."""
+        from msgbus.runtime import Runtime
+        from msgbus.settings import load
+        from msgbus.urls import adapter_from_url
+
+        settings = load(self._settings)
+        adapter = self._adapter
+        if adapter is None:
+            url = self.find_url()
+            if url is None:
+                log.warning("no broker is set (MSGBUS_URL or Bus(url)): memory:// is used, which forgets everything with the process")
+                url = "memory://"
+            wanted = (url, settings.for_adapter())
+            if self._made is None or self._made[0] != wanted:
+                self._made = (wanted, adapter_from_url(*wanted))
+            adapter = self._made[1]
+        return Runtime(
+            settings,
+            adapter,
+            service=self._service or settings.service,
+            subscriptions=[*self.subscriptions, *(found for router in self._routers for found in router.subscriptions)],
+            retry=self._retry,
+            store=self._store,
+            middleware=self._middleware,
+        )
+
     # ------------------------------------------------------------ inside
 
     def _not_entered(self) -> BusNotEntered:
@@ -229,32 +269,6 @@ class Bus(Router, Publishes):
             names = ", ".join(sorted({runner.plan.name for runner in self._runners})) or "none is running"
             raise NotFound(f"no subscription is called {subscription!r}; there are: {names}")
         return found
-
-    def _make_runtime(self) -> Runtime:
-        from msgbus.runtime import Runtime
-        from msgbus.settings import load
-        from msgbus.urls import adapter_from_url
-
-        settings = load(self._settings)
-        adapter = self._adapter
-        if adapter is None:
-            url = self._url or (settings.url.get_secret_value() if settings.url is not None else None)
-            if url is None:
-                log.warning("no broker is set (MSGBUS_URL or Bus(url)): memory:// is used, which forgets everything with the process")
-                url = "memory://"
-            wanted = (url, settings.for_adapter())
-            if self._made is None or self._made[0] != wanted:
-                self._made = (wanted, adapter_from_url(*wanted))
-            adapter = self._made[1]
-        return Runtime(
-            settings,
-            adapter,
-            service=self._service or settings.service,
-            subscriptions=[*self.subscriptions, *(found for router in self._routers for found in router.subscriptions)],
-            retry=self._retry,
-            store=self._store,
-            middleware=self._middleware,
-        )
 
     @asynccontextmanager
     async def _running(self, *, handle_signals: bool) -> AsyncGenerator[Self, None]:

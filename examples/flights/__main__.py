@@ -16,6 +16,7 @@ from examples.flights.reconcile import punctuality, reconciliation
 from examples.flights.results import Results
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from msgbus.errors import MsgbusError
 from msgbus.settings import load
@@ -39,15 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = demo.Run(url, demo.own_namespace(load()), data.WHOLE_YEAR.rows if whole_year else told.rows, told.patience)
         outcome = asyncio.run(demo.run(task, data.departures(told.input, told.rows), results, console))
     except (data.InputError, MsgbusError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         return 1
     took = time.monotonic() - started
     console.print(punctuality(results.carriers))
-    title = f"{outcome.expected.rows:,} departures of {len(results.planes):,} planes, {took:.1f} s, {hide_secrets(url)}"
+    title = f"{outcome.expected.rows:,} departures of {len(results.planes):,} planes, {took:.1f} s, {escape(hide_secrets(url))}"
     console.print(reconciliation(outcome, title))
     problems = outcome.problems(data.WHOLE_YEAR if whole_year else None)
     for problem in problems:
-        console.print(f"[bold red]✗[/] {problem}", highlight=False)
+        console.print(f"[bold red]✗[/] {escape(problem)}", highlight=False)
     if not problems:
         console.print("[green]✓[/] every departure is accounted for", highlight=False)
     return 1 if problems else 0

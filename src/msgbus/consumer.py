@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 from msgbus.context import Context
-from msgbus.contract.adapter import Received, Receiver, ReceiverSpec, SendOutcome
+from msgbus.contract.adapter import Capability, Received, Receiver, ReceiverSpec, SendOutcome
 from msgbus.contract.envelope import Envelope, check_group
 from msgbus.contract.outcome import Dead, RetryAfter
-from msgbus.errors import AlreadySettled, BrokerError, ConfigurationError, DecodeError, Reject, RetryLater
+from msgbus.errors import AlreadySettled, BrokerError, ConfigurationError, DecodeError, Reject, RetryLater, UnsupportedFeature
 from msgbus.inbound.job import runs_before
 from msgbus.inbound.reading import age_of, reader
 from msgbus.topic import Topic
@@ -146,6 +146,9 @@ class Consumer(Generic[M_co]):
         if self._runtime is not None:
             raise ConfigurationError("this consumer is entered already")
         runtime = self._entered()
+        if self._topic.key is not None and Capability.SHARDS not in runtime.adapter.capabilities:
+            what = f"a pull consumer of {self._topic.name!r}, which has a key, so in order"
+            raise UnsupportedFeature(what, runtime.adapter.name, "subscribe(..., ordered=False)")
         spec = topic_spec(self._topic, runtime.namespace, runtime.adapter.name)
         await runtime.writer(self._topic)  # refuses another Topic of this name, and declares it
         await runtime.declare([spec, dead_spec(spec.name, self._group)], [self._spec(spec.name)])

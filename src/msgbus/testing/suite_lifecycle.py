@@ -711,6 +711,10 @@ async def is_refused_at_start(stage: Stage, flag: Capability, adapter: Adapter) 
     assert error.adapter == adapter.name
     assert error.alternative
     assert error.alternative in str(error)
+    if flag is Capability.SHARDS:
+        async with stage.bus(adapter=adapter) as pulling:
+            with pytest.raises(UnsupportedFeature, match="'orders'"):
+                await pulling.consumer(KEYED, group="workers").__aenter__()
     check = stage.bus(settings=stage.settings(topology="check"))
     ask_for(Capability.NONE, check)
     with pytest.raises(TopologyMismatch):

@@ -365,7 +365,7 @@ async def priority_preempts_backlog(stage: Stage) -> None:
     bus = stage.bus()
     started: Seen[Order] = Seen()
 
-    @bus.subscribe(RANKED, concurrency=2)
+    @bus.subscribe(RANKED, concurrency=2, window=52)
     async def handle(order: Order) -> None:
         await started.add(order)
         await asyncio.sleep(0.005)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msgbus.testing.history import Event, History, Inversion, Overlap, Report, check
+from msgbus.testing.history import Event, History, How, Inversion, Overlap, Report, check
 
 GROUPS = ("billing", "audit")
 
@@ -171,6 +171,15 @@ def test_the_line_that_a_process_died_with_is_left_out(tmp_path: Path) -> None:
             History.read(path)
 
 
+@pytest.mark.parametrize("then", ["ok", "info"])
+def test_refused_and_published_again_is_not_aborted(then: How) -> None:
+    """The second call of one id decides: it was, or may have been, stored."""
+    events = [Event(float(number), "p", "publish", how, "m") for number, how in enumerate(("invoke", "fail", "invoke", then))]
+    report = check(History([*events, Event(9.0, "w", "done", "ok", "m", group="g")]))
+    assert report.ok
+    assert report.recovered == (set() if then == "ok" else {("g", "m")})
+
+
 def test_a_replayed_suffix_is_no_inversion() -> None:
     """C4 speaks of first completions: after a death a new owner may repeat what was done."""
     done = [Event(float(number), "a", "done", "ok", f"m{seq}", "k", seq, "g") for number, seq in enumerate([1, 2, 3, 2, 3, 4])]
@@ -182,8 +191,8 @@ def test_a_replayed_suffix_is_no_inversion() -> None:
 
 def test_an_inversion_says_what_came_after_what() -> None:
     """One line for each message that came too late."""
-    done = [Event(float(number), "a", "done", "ok", f"m{seq}", "k", seq, "g") for number, seq in enumerate([1, 3, 2, 4])]
-    assert check(History(done)).inversions == (Inversion("g", "k", 2, 3),)
+    done = [Event(float(number), "a", "done", "ok", f"m{seq}", "k", seq, "g") for number, seq in enumerate([1, 4, 2, 3, 5])]
+    assert check(History(done)).inversions == (Inversion("g", "k", 2, 4), Inversion("g", "k", 3, 4))
 
 
 def test_runs_of_a_key_in_one_process_must_not_overlap() -> None:

@@ -5,9 +5,10 @@ A task a message would do the same at several times the price; and a handler tha
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context, copy_context
-from typing import Any, Generic, TypeVar
+from contextvars import copy_context
+from typing import Any, TypeVar
 
 from msgbus.contract.envelope import Envelope
 from msgbus.publishing import handling
@@ -15,34 +16,32 @@ from msgbus.publishing import handling
 R = TypeVar("R")
 
 
-class Isolated(Generic[R]):
-    """Awaitable once. Cancelling the task that awaits it cancels the coroutine.
+@types.coroutine
+def isolated(
+    coroutine: Coroutine[Any, Any, R], envelope: Envelope, on_wait: Callable[[], None], on_end: Callable[[], None]
+) -> Generator[Any, Any, R]:
+    """Awaits the coroutine; cancelling the task that awaits cancels it. In its context, `envelope` is the message being handled.
 
-    `on_wait` is called before the coroutine waits for the first time; `waited` says whether it did.
+    `on_wait` is called before it waits for the first time, if it does, and `on_end` when it has then ended, in whatever way.
     """
-
-    __slots__ = ("_context", "_coroutine", "_on_wait", "waited")
-
-    def __init__(self, coroutine: Coroutine[Any, Any, R], envelope: Envelope, on_wait: Callable[[], None]) -> None:
-        self._coroutine = coroutine
-        self._on_wait = on_wait
-        self._context: Context = copy_context()
-        self._context.run(handling.set, envelope)
-        self.waited = False
-
-    def __await__(self) -> Generator[Any, Any, R]:
-        run, send = self._context.run, self._coroutine.send
-        try:
-            waits_for = run(send, None)
-            self.waited = True
-            self._on_wait()
-            while True:
-                try:
-                    answer = yield waits_for
-                except BaseException as error:
-                    waits_for = run(self._coroutine.throw, error)
-                else:
-                    waits_for = run(send, answer)
-        except StopIteration as stop:
-            result: R = stop.value
-            return result
+    context = copy_context()
+    context.run(handling.set, envelope)
+    run, send = context.run, coroutine.send
+    waited = False
+    try:
+        waits_for = run(send, None)
+        waited = True
+        on_wait()
+        while True:
+            try:
+                answer = yield waits_for
+            except BaseException as error:
+                waits_for = run(coroutine.throw, error)
+            else:
+                waits_for = run(send, answer)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    finally:
+        if waited:
+            on_end()

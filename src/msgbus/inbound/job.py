@@ -23,7 +23,7 @@ class Source:
         self.window = window
         self.held = 0
         """Messages handed out by it and not settled."""
-        self.room: asyncio.Future[None] | None = None
+        self.room: asyncio.Future[bool] | None = None
         """Set while its pump waits for room."""
         self.calm = 0
         """In quarantine: deliveries in a row that were no suspects."""

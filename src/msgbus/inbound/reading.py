@@ -17,7 +17,7 @@ M = TypeVar("M")
 
 _MOST_TYPES = 64
 """Event types of a topic that are remembered as harmless: the text comes from outside."""
-_OUR_TYPE = re.compile(r"(.*)\.v([0-9]{1,9})")
+_OUR_TYPE = re.compile(r"(.*)\.v([0-9]{1,99})")
 
 
 def reader(topic: Topic[Any], codec: Codec[M]) -> Callable[[Envelope], M]:
@@ -43,7 +43,7 @@ def reader(topic: Topic[Any], codec: Codec[M]) -> Callable[[Envelope], M]:
         given = headers.get(CONTENT_TYPE)
         if given != content_type and not accepts(given):
             raise DecodeError(name, envelope.id, f"content type {given!r} is none that {model} is read from", "unsupported")
-        if "content-encoding" in headers:
+        if "content-encoding" in headers and headers["content-encoding"].lower() not in ("", "identity"):
             raise DecodeError(name, envelope.id, f"content encoding {headers['content-encoding']!r} is not supported", "unsupported")
         try:
             return decode(envelope.body)

@@ -62,7 +62,7 @@ class Settler:
     async def bury(
         self, receiver: Receiver, received: Received, dead: Dead, *, attempt: int, deliveries: int, failed_at: float
     ) -> SendOutcome:
-        """A dead letter: body and headers as they came, and the record of why. `attempt`: which run of the handler it died at, or before."""
+        """A dead letter: body and headers as they came, and the record of why. `attempt`: the run of the handler it died at, or before."""
         source = received.envelope
         never_ran = dead.reason in ("poison", "idempotency_conflict") or isinstance(dead.error, DecodeError)
         record = self._record(source, dead, runs=attempt - never_ran, deliveries=deliveries, failed_at=failed_at)

@@ -23,7 +23,7 @@ from msgbus.dead_letters import MAX_REDRIVES, DeadLetter
 from msgbus.errors import BrokerUnavailable, PublishRejected, Reject, RetryLater, StoreError, UnsupportedFeature
 from msgbus.health import SubscriptionHealth
 from msgbus.inbound import breaker
-from msgbus.inbound.runner import POLL
+from msgbus.inbound.intake import POLL
 from msgbus.middleware import idempotency
 from msgbus.retry import Retry
 from msgbus.stores.memory import MemoryStore

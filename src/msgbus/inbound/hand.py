@@ -1,0 +1,222 @@
+"""Hand: what a subscription has in hand: received and not settled; and the slots in which it is run.
+
+A message is in one of four places: in its key's lane behind another, ready, in a slot, or waiting for its next run. Only the table of
+what is in hand knows them all. A fixed pool of workers takes what is ready: a worker that is about to wait wakes another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable
+
+from msgbus.contract.adapter import Received
+from msgbus.contract.envelope import NOT_BEFORE
+from msgbus.contract.outcome import Dead, Outcome, RetryAfter
+from msgbus.inbound.job import Job, Source
+from msgbus.inbound.lanes import Lanes
+from msgbus.inbound.plan import Plan
+from msgbus.inbound.ready import ByWeight, OneLevel
+from msgbus.inbound.suspects import Suspects
+
+LONGEST_WAIT = 366 * 86400.0
+"""Seconds: a later not-before makes no sense."""
+
+
+class Hand:
+    """Bookkeeping of one subscription in one event loop; it does no I/O but note acks."""
+
+    def __init__(self, plan: Plan, suspects: Suspects, max_deliveries: int, due_while_closed: Callable[[], None]) -> None:
+        self.counts: Counter[str] = Counter()
+        """done, dropped, dead, retried, failed, expired, released, stale_acks: since the start."""
+        self.last_error: str | None = None
+        self.ready: OneLevel[Job] | ByWeight[Job] = ByWeight() if plan.topic.priorities else OneLevel()
+        self.lanes: Lanes[Job] | None = Lanes() if plan.ordered else None
+        self.waiting: dict[Job, asyncio.TimerHandle] = {}
+        """What waits in this process for its next run, or to be carried out."""
+        self.stuck: set[Job] = set()
+        """Those of the waiting whose outcome could not be carried out."""
+        self.limit = 0
+        """How many may run at once, just now."""
+        self.running = 0
+        """How many do: messages, or batches of them."""
+        self.draining = False
+        self.quiet: asyncio.Event | None = None
+        """Set, where there is one, whenever nothing runs."""
+        self.awake = 0
+        """Workers that will look at what is ready before they wait."""
+        self._half = max(2, (plan.window + 1) // 2)
+        self._loop = asyncio.get_running_loop()
+        self._suspects = suspects
+        self._max_deliveries = max_deliveries
+        self._due_while_closed = due_while_closed
+        self._jobs: dict[str, Job] = {}
+        self._idlers: deque[asyncio.Future[bool]] = deque()
+
+    # ------------------------------------------------------------ coming in
+
+    def accept(self, source: Source, received: Received, now: float) -> None:
+        """A message came: it goes to its lane, or is ready; a copy of one that is in hand joins it; an expired one is settled."""
+        envelope = received.envelope
+        source.held += 1
+        job = self._jobs.get(envelope.id)
+        if job is not None:
+            self._adopt(job, source, received)
+            return
+        if envelope.expires_at is not None and envelope.expires_at <= now:
+            self.counts["expired"] += 1
+            source.receiver.ack(received)
+            source.held -= 1
+            return
+        job = self._jobs[envelope.id] = Job(received, source, self._loop.time())
+        if received.crashes and self._suspects.quarantine:
+            job.outcome = self._verdict(received)
+        elif envelope.group is not None and NOT_BEFORE in envelope.headers:
+            job.outcome = _rest_of_wait(envelope.headers[NOT_BEFORE], now)
+        if self.lanes is not None and envelope.key is not None and not self.lanes.enter(envelope.key, job):
+            return
+        self.put(job)
+
+    def _adopt(self, job: Job, source: Source, received: Received) -> None:
+        """Another copy, after a lost link or a repeated publish: settled with the one that is here, not run beside it."""
+        twin = (job.source, job.received)
+        job.source, job.received = source, received
+        if job.twins is None:
+            job.twins = [twin]
+        else:
+            job.twins.append(twin)
+
+    def _verdict(self, received: Received) -> Outcome | None:
+        deaths = self._suspects.deaths(received)
+        return Dead("poison", f"{deaths} processes died while they held it") if deaths >= self._max_deliveries else None
+
+    def put(self, job: Job) -> None:
+        """It may start as soon as a slot is free."""
+        job.source.ready.append(job)
+        if not self.awake:
+            self.wake()
+
+    # ------------------------------------------------------------ going out
+
+    def finish(self, job: Job, *, ack: bool) -> None:
+        """It is settled, or its receiver will give it back: its place, its lane and its twins are free."""
+        source = job.source
+        if ack:
+            source.receiver.ack(job.received)
+        envelope = job.envelope
+        self._jobs.pop(envelope.id, None)
+        source.held -= 1
+        if job.twins is not None:
+            for twin_source, received in job.twins:
+                twin_source.receiver.ack(received)
+                twin_source.held -= 1
+        if self.lanes is not None and envelope.key is not None:
+            following = self.lanes.leave(envelope.key)
+            if following is not None:
+                self.put(following)
+        room = source.room
+        if room is not None and (source.held * 2 <= source.window or not self.ready) and not room.done():
+            room.set_result(True)
+
+    def lose(self) -> None:
+        """Its receivers are closing: what is not started must not start, for it comes again, here or elsewhere."""
+        for job in self._jobs.values():
+            job.received.tenure.lost = True
+
+    def forget(self) -> None:
+        """Forgets all that is in hand: nothing runs, and the receivers that gave it are to be closed."""
+        for job in list(self.waiting):
+            self.cancel_wait(job)
+        self._jobs.clear()
+        self.stuck.clear()
+        self.ready.take_all()
+        if self.lanes is not None:
+            self.lanes.clear()
+
+    # ------------------------------------------------------------ waiting
+
+    @property
+    def full_of_waiting(self) -> bool:
+        """So much waits for its next run, or cannot be settled, that nothing new should be taken."""
+        return bool(self.stuck) or len(self.waiting) >= self._half
+
+    def wait(self, job: Job, delay: float) -> None:
+        """It keeps its place in the window, and its lane, and is ready again after `delay` seconds."""
+        self.waiting[job] = self._loop.call_later(delay, self.due, job)
+
+    def due(self, job: Job) -> None:
+        """Its time has come, or is not waited for."""
+        if self.cancel_wait(job):
+            self.put(job)
+            if not self.limit:
+                self._due_while_closed()
+
+    def cancel_wait(self, job: Job) -> bool:
+        """Whether it waited."""
+        timer = self.waiting.pop(job, None)
+        if timer is None:
+            return False
+        timer.cancel()
+        return True
+
+    # ------------------------------------------------------------ workers
+
+    async def idle(self) -> None:
+        """A worker has nothing to do until it is woken."""
+        self.awake -= 1
+        future: asyncio.Future[bool] = self._loop.create_future()
+        self._idlers.append(future)
+        await future  # whoever wakes us has counted us as awake
+
+    async def idle_until(self, deadline: float) -> None:
+        """A worker waits for more members of its batch: it is the first to be woken for what comes."""
+        self.awake -= 1
+        future: asyncio.Future[bool] = self._loop.create_future()
+        self._idlers.appendleft(future)
+        timer = self._loop.call_at(deadline, resolve, future, False)
+        try:
+            counted = await future
+        finally:
+            timer.cancel()
+        if not counted:
+            self.awake += 1
+
+    def wake(self) -> None:
+        """One worker that has nothing to do looks at what is ready."""
+        while self._idlers:
+            future = self._idlers.popleft()
+            if not future.done():
+                self.awake += 1
+                future.set_result(True)
+                return
+
+    def pauses(self) -> None:
+        """The worker that runs just now is about to wait: another one takes what is ready."""
+        self.awake -= 1
+        if not self.awake and self.ready and self.running < self.limit:
+            self.wake()
+
+    def resumes(self) -> None:
+        """It will look at what is ready again."""
+        self.awake += 1
+
+    def leave_slot(self) -> None:
+        """A run has ended, and its message is settled, or waits."""
+        self.running -= 1
+        if self.quiet is not None and not self.running:
+            self.quiet.set()
+
+
+def _rest_of_wait(not_before: str, now: float) -> Outcome | None:
+    """A wait longer than the broker's longest delay goes round until its time has come."""
+    try:
+        rest = float(not_before) - now
+    except ValueError:
+        return None
+    return RetryAfter(rest, counted=False) if 0.05 < rest < LONGEST_WAIT else None
+
+
+def resolve(future: asyncio.Future[bool], value: bool) -> None:
+    """Sets a result, unless there is one."""
+    if not future.done():
+        future.set_result(value)

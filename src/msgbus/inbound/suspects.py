@@ -1,0 +1,49 @@
+"""Suspects: messages that were in hand when processes died. Says when a subscription must take them one at a time, and when no more."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from msgbus.contract.adapter import Received
+from msgbus.inbound.job import Source
+
+SUSPECT = 2
+"""Deaths from which a delivery puts its subscription in quarantine."""
+CALM = 3
+"""Good deliveries in a row, from each source, that end a quarantine."""
+REMEMBERED = 10_000
+"""Messages whose first count of crashes a process remembers."""
+
+
+class Suspects:
+    """Of one subscription in one process. Pure bookkeeping."""
+
+    __slots__ = ("_first_counts", "quarantine")
+
+    def __init__(self) -> None:
+        self.quarantine = False
+        """One at a time: only so is a death the fault of one message."""
+        self._first_counts: OrderedDict[str, int] = OrderedDict()
+
+    def deaths(self, received: Received) -> int:
+        """Deaths of processes that held it: the broker's count at this process's first sight of it. The rest are our own lost links."""
+        if not received.crashes:
+            return 0
+        seen = self._first_counts
+        first = seen.setdefault(received.envelope.id, received.crashes)
+        if len(seen) > REMEMBERED:
+            seen.popitem(last=False)
+        return first
+
+    def turn(self, source: Source, sources: Sequence[Source], batch: Sequence[Received]) -> bool:
+        """Looks at what came. True: the quarantine has just begun, or just ended, and the batch must not be handled the old way."""
+        suspects = sum(1 for received in batch if received.crashes and self.deaths(received) >= SUSPECT)
+        if not self.quarantine:
+            self.quarantine = suspects > 0
+            return self.quarantine
+        source.calm = 0 if suspects else CALM if not batch else source.calm + 1
+        if all(other.calm >= CALM for other in sources):
+            self.quarantine = False
+            return True
+        return False

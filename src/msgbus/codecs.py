@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
@@ -82,12 +83,20 @@ class JsonCodec(Codec[M], Generic[M]):
         if self._model is not None and not isinstance(message, self._model):
             raise TypeError(f"expected {self._model.__name__}, not {type(message).__name__}")
         try:
-            body = self._adapter.dump_json(message, warnings="error")
+            body = self._adapter.dump_json(message, by_alias=True, warnings="error")  # an alias is the name that validation reads
+            if b"null" in body and _holds_nan(self._adapter.dump_python(message)):
+                raise ValueError("NaN and Infinity are not JSON: they would arrive as null")
+            if b"NaN" in body or b"Infinity" in body:  # a model may ask pydantic for the bare words, which are no JSON either
+                json.loads(body, parse_constant=_refuse)
+            if self._model is None:  # nobody validated it when it was made, and pydantic writes what lacks a field without a word
+                self.validate(body)
         except (PydanticSerializationError, ValidationError, RecursionError) as error:
             raise ValueError(str(error)) from error
-        if b"null" in body and _holds_nan(self._adapter.dump_python(message)):
-            raise ValueError("NaN and Infinity are not JSON: they would arrive as null")
         return body
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON; NaN and Infinity have no number there")
 
 
 def _holds_nan(value: object) -> bool:

@@ -18,7 +18,7 @@ TOML_FILE = "msgbus.toml"
 
 
 def _seconds(value: Any) -> Any:  # Any: whatever a variable or a file holds; pydantic validates it next
-    """A number, also as a variable's text, is seconds; pydantic reads ISO 8601 and `days HH:MM:SS` itself."""
+    """A number, also as a variable's text, is seconds; pydantic reads ISO 8601 and `1 days HH:MM:SS` itself."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -34,7 +34,9 @@ Positive = Annotated[Duration, Field(gt=timedelta(0))]
 class Settings(BaseSettings):
     """Every setting of a bus. Durations: `timedelta`, seconds, or ISO 8601 (`PT30S`). Unknown names are refused."""
 
-    model_config = SettingsConfigDict(env_prefix="MSGBUS_", toml_file=TOML_FILE, extra="forbid", frozen=True, validate_default=False)
+    model_config = SettingsConfigDict(
+        env_prefix="MSGBUS_", toml_file=TOML_FILE, extra="forbid", frozen=True, validate_default=False, hide_input_in_errors=True
+    )
 
     url: SecretStr | None = None
     """The broker. Secret: a URL may hold a password."""
@@ -46,7 +48,7 @@ class Settings(BaseSettings):
     concurrency: int = Field(default=16, ge=1)
     shards: int = Field(default=8, ge=1, le=1024)
     publish_timeout: Positive = timedelta(seconds=10)
-    drain_timeout: Duration = timedelta(seconds=30)
+    drain_timeout: Annotated[Duration, Field(ge=timedelta(0))] = timedelta(seconds=30)
     close_timeout: Positive = timedelta(seconds=5)
     heartbeat: Positive = timedelta(seconds=10)
     session_timeout: Positive = timedelta(seconds=15)
@@ -104,3 +106,5 @@ def load(given: Settings | None = None) -> Settings:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors(include_input=False))
         raise ConfigurationError(f"settings (MSGBUS_… variables or {TOML_FILE}): {problems}") from None
+    except (ValueError, OSError) as error:  # the file is no TOML, no UTF-8, or cannot be read
+        raise ConfigurationError(f"settings ({TOML_FILE} in {os.getcwd()}): {error}") from error

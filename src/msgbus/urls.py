@@ -22,16 +22,16 @@ EXTRAS = {
 
 
 def hide_secrets(url: str) -> str:
-    """The URL as it may be shown: without its password and without its query."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(a URL that cannot be read)"
-    host = parts.netloc.rpartition("@")[2]
-    user = parts.netloc.rpartition("@")[0].partition(":")[0]
-    netloc = f"{user}:***@{host}" if user else host
-    shown = urlunsplit((parts.scheme, netloc, parts.path, "", ""))
-    return f"{parts.scheme}://" if not netloc and not parts.path else shown
+    """The URL as it may be shown: without its password and its query; of one that could be read in two ways, its scheme alone."""
+    head, slashes, rest = url.partition("//")
+    if not slashes:
+        return head.partition(":")[0]
+    before, at, place = rest.rpartition("@")
+    if any(mark in before for mark in "?#@"):
+        return f"{head}//***"
+    user = before.partition(":")[0].partition("/")[0]
+    place = place.partition("?")[0].partition("#")[0]
+    return f"{head}//{user}:***@{place}" if at else f"{head}//{place}"
 
 
 def adapter_from_url(url: str, settings: AdapterSettings) -> Adapter:
@@ -42,8 +42,11 @@ def adapter_from_url(url: str, settings: AdapterSettings) -> Adapter:
     try:
         parts = urlsplit(url)
         pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-    except ValueError as error:
-        raise ConfigurationError(f"the URL {hide_secrets(url)} cannot be read: {error}") from None
+    except ValueError:  # its text may show a password
+        raise ConfigurationError(
+            f"the URL {hide_secrets(url)} cannot be read: options are ?name=value&..., and what is special in a password is "
+            "percent-encoded (urllib.parse.quote)"
+        ) from None
     options = dict(pairs)
     if len(options) != len(pairs):
         raise ConfigurationError(f"the URL {hide_secrets(url)} names an option twice")
@@ -61,7 +64,7 @@ def adapter_from_url(url: str, settings: AdapterSettings) -> Adapter:
 def _unknown(scheme: str, url: str, known: list[str]) -> UnknownAdapter:
     if not scheme:
         return UnknownAdapter(f"the URL {hide_secrets(url)!r} has no scheme; known: {', '.join(f'{name}://' for name in known)}")
-    if scheme in EXTRAS:
+    if scheme.partition("+")[0] in EXTRAS:
         return UnknownAdapter(f"no adapter for {scheme}:// is installed: {_pip_line(scheme)}")
     close = get_close_matches(scheme, [*known, *EXTRAS], n=1)
     hint = f"did you mean {close[0]}://?" if close else f"known: {', '.join(f'{name}://' for name in known)}"

@@ -142,10 +142,10 @@ def check_group(name: str) -> str:
 
 def check_id(text: str, what: str) -> str:
     """The text, if every broker can carry it as an id or key: 1 to 255 bytes of UTF-8 without control characters."""
+    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
+        raise InvalidName(f"{what}: expected text, not {type(text).__name__}")
     try:
         size = len(text) if text.isascii() else len(text.encode())
-    except AttributeError:
-        raise InvalidName(f"{what}: expected text, not {type(text).__name__}") from None
     except UnicodeEncodeError as error:
         raise InvalidName(f"{what} {_shown(text)}: not UTF-8") from error
     if not 1 <= size <= MAX_ID or _CONTROL.search(text):

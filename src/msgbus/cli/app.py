@@ -17,9 +17,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-app.command("run")(run.run)
-app.command("check")(check.check)
-app.command("explain")(explain.explain)
+app.command("run", short_help="Run it until it is told to stop.")(run.run)
+app.command("check", short_help="Refuse what cannot be promised.")(check.check)
+app.command("explain", short_help="Show what is promised, and who keeps it.")(explain.explain)
 app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
 app.add_typer(dead.app, name="dead")

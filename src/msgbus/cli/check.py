@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import typer
 from rich.text import Text
@@ -39,7 +40,6 @@ async def _check(where: str, url: str | None, offline: bool, as_json: bool) -> N
         natives = native_uses(runtime)
         notes = warnings(runtime)
     if as_json:
-        uses = [{"topic": use.topic, "broker": use.broker, "options": use.options, "in_use": use.in_use} for use in natives]
         show_json(
             {
                 "ok": not problems,
@@ -47,7 +47,7 @@ async def _check(where: str, url: str | None, offline: bool, as_json: bool) -> N
                 "connected": not offline,
                 "problems": problems,
                 "not_yet_declared": missing,
-                "native": uses,
+                "native": [asdict(use) for use in natives],
                 "warnings": notes,
             }
         )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from msgbus.bus import Bus
@@ -48,10 +49,12 @@ def say(text: str, style: str = "") -> None:
 
 
 def show(*parts: RenderableType) -> None:
-    """Tables and lines on stdout."""
+    """Tables and lines on stdout; an empty line behind each table."""
     console = out()
     for part in parts:
         console.print(part)
+        if isinstance(part, Table):
+            console.print()
 
 
 def show_json(value: object, *, indent: int | None = 2) -> None:

@@ -8,7 +8,6 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from rich.text import Text
 
 from msgbus.bus import Bus
 from msgbus.cli import tables
-from msgbus.cli.console import Json, Url, Where, confirm, err, failing, finish, load, note_private, opened, show, show_json
+from msgbus.cli.console import Json, Url, Where, confirm, err, failing, finish, load, note_private, opened, out, show, show_json
 from msgbus.dead_letters import DeadLetter, DeadLetters
 from msgbus.errors import ConfigurationError, NotFound
 from msgbus.runtime import Runtime
@@ -43,11 +42,15 @@ class ReasonName(StrEnum):
     idempotency_conflict = "idempotency_conflict"
 
 
-Topic = Annotated[str | None, typer.Option("--topic", "-t", help="Without the namespace. May be left out where there is one choice.")]
-GroupName = Annotated[str | None, typer.Option("--group", "-g", help="May be left out where there is one choice.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many.")]
-WithReason = Annotated[ReasonName | None, typer.Option("--reason", help="Only those given up for this reason.")]
-Ids = Annotated[list[str] | None, typer.Option("--id", help="Only this one. May be given several times.")]
+Topic = Annotated[
+    str | None, typer.Option("--topic", "-t", metavar="TOPIC", help="Without the namespace. May be left out where there is one choice.")
+]
+GroupName = Annotated[str | None, typer.Option("--group", "-g", metavar="GROUP", help="May be left out where there is one choice.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="At most so many.")]
+WithReason = Annotated[
+    ReasonName | None, typer.Option("--reason", metavar="REASON", help=f"Only those given up for it: {', '.join(ReasonName)}.")
+]
+Ids = Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Only this one. May be given several times.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Do nothing, and say how many it would be.")]
 
 
@@ -114,7 +117,7 @@ def _choose(runtime: Runtime, topic: str | None, group: str | None) -> tuple[str
 # ---------------------------------------------------------------- list
 
 
-@app.command("list")
+@app.command("list", short_help="List them, oldest first.")
 def list_letters(
     where: Where,
     topic: Topic = None,
@@ -138,21 +141,15 @@ async def _list(where: str, url: str | None, topic: str | None, group: str | Non
         most = limit or SHOWN
         found = [letter async for letter in letters.list(where=which, limit=most + 1)]
         total = await letters.count()
-    made = tables.table("", "id", "reason", "error", "attempts", "when (UTC)", right=("attempts",))
-    for letter in found[:most]:
-        when = letter.dead_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
-        again = f" (sent back {letter.redrives}×)" if letter.redrives else ""
-        made.add_row(Text(letter.id), Text(letter.reason), Text(_short(letter.error) + again), Text(str(letter.attempts)), Text(when))
     if not found:
         show(Text("no dead letters" + (" that fit" if which.narrow and total else "")))
         return
     more = len(found) > most
     of = f" of {total}" if total is not None and not which.narrow else ""
-    show(made, Text(f"{min(len(found), most)}{of}" + ("; more with --limit, or all with --json" if more else "")))
-
-
-def _short(error: str, most: int = 300) -> str:
-    return error if len(error) <= most else error[: most - 1] + "…"
+    show(
+        tables.dead_letters(found[:most], out().width),
+        Text(f"{min(len(found), most)}{of}" + ("; more with --limit, or all with --json" if more else "")),
+    )
 
 
 def letter_json(letter: DeadLetter) -> dict[str, Any]:
@@ -179,10 +176,10 @@ def letter_json(letter: DeadLetter) -> dict[str, Any]:
 # ---------------------------------------------------------------- show
 
 
-@app.command("show")
+@app.command("show", short_help="Show one, with its record and body.")
 def show_letter(
     where: Where,
-    letter_id: Annotated[str, typer.Option("--id", help="Which one.")],
+    letter_id: Annotated[str, typer.Option("--id", metavar="ID", help="Which one.")],
     topic: Topic = None,
     group: GroupName = None,
     url: Url = None,
@@ -199,9 +196,9 @@ async def _show(where: str, url: str | None, topic: str | None, group: str | Non
         show_json(letter_json(letter))
         return
     facts = {"id": letter.id, **letter.record, "sent back": f"{letter.redrives} times"}
-    show(tables.facts("Dead letter", [(name, value) for name, value in facts.items() if value]))
+    show(tables.facts("Dead letter", [(name, value) for name, value in facts.items() if value], ("record", "value")))
     if letter.headers:
-        show(tables.facts("Headers", letter.headers.items()))
+        show(tables.facts("Headers", letter.headers.items(), ("name", "value")))
     show(Group(Text(f"Body, {len(letter.body):,} bytes", style="bold"), _body(letter.body)))
 
 
@@ -220,7 +217,7 @@ def _body(body: bytes) -> JSON | Text:
 # ---------------------------------------------------------------- redrive
 
 
-@app.command("redrive")
+@app.command("redrive", short_help="Send them back to their group.")
 def redrive(
     where: Where,
     topic: Topic = None,
@@ -228,7 +225,7 @@ def redrive(
     limit: Limit = None,
     reason: WithReason = None,
     ids: Ids = None,
-    rate: Annotated[float | None, typer.Option("--rate", min=0.001, help="At most so many a second.")] = None,
+    rate: Annotated[float | None, typer.Option("--rate", metavar="N", min=0.001, help="At most so many a second.")] = None,
     dry_run: DryRun = False,
     force: Annotated[
         bool, typer.Option("--force", help="Also those sent back 3 times before, and those older than stores remember.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tenacity.wait import (
@@ -87,7 +87,8 @@ class TopicFacts:
     priorities: bool
     retain: float | None
     native: Mapping[str, Mapping[str, object]]
-    history: str
+    later_groups: str
+    """Where a group begins that is not the topic's first one; that gets all that was kept for it."""
     groups: tuple[str, ...] | None
     """At the broker; None: it was not asked, or cannot say."""
 
@@ -119,21 +120,12 @@ class Description:
     """Topics that no group has claimed, and none of this program's will: what is published there is kept for the first one, for a while."""
     warnings: tuple[str, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"topics": [topic_json(topic) for topic in self.topics]}
-
-
-def topic_json(topic: TopicFacts) -> dict[str, Any]:
-    """A topic as plain values. Its native options are read-only views, which `asdict` cannot copy."""
-    return {name: getattr(topic, name) for name in TopicFacts.__dataclass_fields__} | {
-        "native": {broker: dict(options) for broker, options in topic.native.items()}
-    }
-
 
 async def describe(runtime: Runtime, broker: str, *, asked: bool) -> Description:
     """All there is to say of a bus. `asked`: the broker is connected, and asked what it has. Raises `BrokerError`."""
     topics = [await describe_topic(runtime, topic, asked=asked) for topic in topics_of(runtime)]
+    facts = dict(await runtime.adapter.explain()) if asked else {}
+    promised = [in_the_adapters_words(promise, facts) for promise in guarantees(runtime.adapter, runtime.settings)]
     claimed = {plan.topic.name for plan in runtime.plans if plan.group is not None}
     return Description(
         broker=broker,
@@ -142,8 +134,8 @@ async def describe(runtime: Runtime, broker: str, *, asked: bool) -> Description
         namespace=runtime.namespace,
         subscriptions=tuple(describe_subscription(plan) for plan in runtime.plans),
         topics=tuple(topics),
-        guarantees=tuple(guarantees(runtime.adapter, runtime.settings)),
-        broker_facts=dict(await runtime.adapter.explain()) if asked else {},
+        guarantees=tuple(promised),
+        broker_facts=facts,
         unclaimed=tuple(topic.name for topic in topics if topic.groups is not None and not topic.groups and topic.name not in claimed),
         warnings=tuple(warnings(runtime)),
     )
@@ -169,8 +161,8 @@ async def describe_topic(runtime: Runtime, topic: Topic[Any], *, asked: bool) ->
         shards_at_broker=await adapter.shards(physical) if asked else None,
         priorities=topic.priorities,
         retain=None if topic.retain is None else topic.retain.total_seconds(),
-        native=topic.native,
-        history=history_of(topic, runtime.settings),
+        native={broker: dict(options) for broker, options in topic.native.items()},
+        later_groups="at their declaration" if topic.retain is None else f"with the last {duration(topic.retain.total_seconds())}",
         groups=tuple(await adapter.groups(physical)) if asked and isinstance(adapter, HasGroups) else None,
     )
 
@@ -207,24 +199,15 @@ def _begins(plan: Plan) -> str:
         return "with what is published after its declaration"
     if plan.topic.retain is not None:
         return f"with the topic's history of {duration(plan.topic.retain.total_seconds())}"
-    return "at its declaration; as the topic's first group with all that was kept for it"
-
-
-def history_of(topic: Topic[Any], settings: Settings) -> str:
-    """Where a topic's history begins for a new group."""
-    first = duration(settings.first_group_retention.total_seconds())
-    later = (
-        "a later one begins at its declaration"
-        if topic.retain is None
-        else f"a later one gets the last {duration(topic.retain.total_seconds())}"
-    )
-    return f"the first group gets all that was kept for it (up to {first}); {later}"
+    return "at its declaration (the topic's first group: before it)"
 
 
 def guarantees(adapter: Adapter, settings: Settings) -> list[Guarantee]:
     """The promises of the contract on this broker, and who keeps each."""
     has, limits = adapter.capabilities, adapter.limits
     delay = "any delay" if limits.delay is None else f"up to {duration(limits.delay)}; a retry's wait may be longer, a delayed publish not"
+
+    first = duration(settings.first_group_retention.total_seconds())
 
     def by(capability: Capability, yes: str, no: str, otherwise: KeptBy = "nobody", kept_by: KeptBy = "broker") -> tuple[KeptBy, str]:
         return (kept_by, yes) if capability in has else (otherwise, no)
@@ -284,8 +267,12 @@ def guarantees(adapter: Adapter, settings: Settings) -> list[Guarantee]:
                 kept_by="msgbus",
             ),
         ),
+        (
+            "history",
+            ("broker", f"a topic's first group gets all that was kept for it, up to {first}; a later one begins at its declaration"),
+        ),
         ("broadcast", by(Capability.BROADCAST, "every running instance, from now on", "refused")),
-        ("retain", by(Capability.RETAIN, "a topic's history for later groups, where it says retain=", "refused")),
+        ("retain", by(Capability.RETAIN, "the history of a topic that says retain=, for later groups", "refused")),
         ("expiry", ("msgbus", "looked at before each run")),
         ("idempotency", ("msgbus", "by the store, where there is one: see each subscription")),
         (
@@ -298,7 +285,7 @@ def guarantees(adapter: Adapter, settings: Settings) -> list[Guarantee]:
             ),
         ),
         (
-            "body",
+            "message size",
             (
                 "broker",
                 f"at most {max(limits.body - HEADROOM, 0):,} bytes published ({limits.body:,} with room for a dead letter's record)",
@@ -316,6 +303,12 @@ def guarantees(adapter: Adapter, settings: Settings) -> list[Guarantee]:
     cannot = ", ".join(name for able, name in tools if not able)
     found.append(("tools", ("broker", (can or "none") + (f"; not: {cannot}" if cannot else ""))))
     return [Guarantee(name, kept_by, says) for name, (kept_by, says) in found]
+
+
+def in_the_adapters_words(promise: Guarantee, facts: dict[str, str]) -> Guarantee:
+    """Where the adapter has a fact of a promise's name ("native: ...", "emulated: ..."), it is taken out of `facts` and said with it."""
+    fact = facts.pop(promise.name, None)
+    return promise if fact is None else replace(promise, says=f"{promise.says} ({fact})")
 
 
 def dead_letters_kept(settings: Settings) -> str:

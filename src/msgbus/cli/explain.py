@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ async def _explain(where: str, url: str | None, offline: bool, as_json: bool) ->
         description = await describe(runtime, broker_shown(bus), asked=not offline)
         natives = native_uses(runtime)
     if as_json:
-        show_json(description.as_json())
+        show_json(asdict(description))
     else:
         _show(description, natives)
 

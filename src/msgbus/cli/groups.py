@@ -19,7 +19,7 @@ from msgbus.errors import NotFound, UnsupportedFeature
 app = typer.Typer(help="The groups of the program's topics.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("list")
+@app.command("list", short_help="List every group of the program's topics.")
 def list_groups(where: Where, url: Url = None, as_json: Json = False) -> None:
     """List every group of the program's topics, other programs' too, and what is left of each."""
     finish(_list(where, url, as_json))
@@ -35,7 +35,7 @@ async def _list(where: str, url: str | None, as_json: bool) -> None:
         show(tables.group_list(found))
 
 
-@app.command("drop")
+@app.command("drop", short_help="Forget a group.")
 def drop_group(
     where: Where,
     topic: Annotated[str, typer.Argument(metavar="TOPIC", help="The topic's name, without the namespace.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated
 
@@ -59,7 +60,7 @@ async def _run(bus: Bus, as_json: bool) -> None:
     async with opened(bus) as runtime:
         description = await describe(runtime, broker_shown(bus), asked=True)
     if as_json:
-        show_json(description.as_json(), indent=None)
+        show_json(asdict(description), indent=None)
     else:
         show(
             tables.header(description),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import UTC
 
 from rich import box
 from rich.console import RenderableType
@@ -10,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from msgbus.cli.describe import Description, GroupFacts, Guarantee, NativeUse, SubscriptionFacts, TopicFacts, duration
+from msgbus.dead_letters import DeadLetter
 
 WIDE = 120
+MAX_ERROR = 240
 KEPT_BY = {"broker": "broker", "msgbus": "msgbus", "process": "in process", "nobody": "no"}
 STYLES = {"broker": "green", "msgbus": "cyan", "process": "yellow", "nobody": "red"}
 
@@ -41,35 +44,29 @@ def subscriptions(found: Sequence[SubscriptionFacts], width: int) -> RenderableT
         return Text("No subscriptions: this bus only publishes.")
     title = f"{len(found)} subscription{'s' if len(found) != 1 else ''}"
     if width >= WIDE:
-        columns = ("topic", "group", "handler", "model", "order", "at once\n/ window", "retry", "dead letters", "idempotency")
+        columns = ("topic", "group", "handler", "order", "at once\n/ window", "retry", "dead letters", "idempotency")
         made = table(title, *columns, whole=("topic", "group", "at once\n/ window", "dead letters"))
+        made.columns[2].min_width = min(40, max(len(one.handler) for one in found))
         for one in found:
             made.add_row(
-                *map(
-                    Text,
-                    (
-                        one.topic,
-                        one.group or "(broadcast)",
-                        _handler(one),
-                        one.model,
-                        _order(one),
-                        _load(one),
-                        one.retry,
-                        one.dead_letters or "logged, not kept",
-                        one.idempotency or "off",
-                    ),
-                )
+                Text(one.topic),
+                Text(one.group or "(broadcast)"),
+                Text(_handler(one)),
+                Text(_order(one)),
+                Text(f"{_at_once(one)} / {one.window}"),
+                Text(one.retry),
+                Text(one.dead_letters or "logged, not kept"),
+                Text(one.idempotency or "off"),
             )
         return made
-    made = table(title, "topic → group", "handler", "order,\nat once / window", "failures")
-    made.columns[-1].min_width = 30
+    made = table(title, "subscription", "handler", "when it fails")
     made.show_lines = True
+    made.columns[0].max_width = made.columns[1].max_width = 22  # what fails has the longest words
     for one in found:
         made.add_row(
-            Text(f"{one.topic}\n→ {one.group or '(broadcast)'}"),
-            Text(f"{_handler(one)}\n({one.model})"),
-            Text(f"{_order(one)}\n{_load(one)}"),
-            Text(f"retry: {one.retry}\ndead: {one.dead_letters or 'logged, not kept'}\nidempotency: {one.idempotency or 'off'}"),
+            Text(f"{one.topic}\n→ {one.group or '(broadcast)'}\norder: {_order(one)}"),
+            Text(f"{_handler(one)}\n{_at_once(one)} at once,\n{one.window} held"),
+            Text(f"{one.retry}\ndead letters:\n{one.dead_letters or 'logged, not kept'}\nidempotency: {one.idempotency or 'off'}"),
         )
     return made
 
@@ -83,25 +80,27 @@ def begins(found: Iterable[SubscriptionFacts]) -> RenderableType:
 
 
 def _handler(one: SubscriptionFacts) -> str:
-    notes = ["threads"] if one.runs_in == "threads" else []
-    if one.timeout is not None:
-        notes.append(f"at most {duration(one.timeout)}")
+    notes = [f"takes {one.model}"]
     if one.publish_to is not None:
         notes.append(f"publishes {one.publish_to}")
-    return one.handler + (f" ({', '.join(notes)})" if notes else "")
+    if one.runs_in == "threads":
+        notes.append("in threads")
+    if one.timeout is not None:
+        notes.append(f"at most {duration(one.timeout)}")
+    return "\n".join([one.handler, *notes])
 
 
 def _order(one: SubscriptionFacts) -> str:
     return "none" if one.order is None else f"by {one.order}, {one.on_failure}"
 
 
-def _load(one: SubscriptionFacts) -> str:
-    return f"{one.concurrency}{f' × {one.batch}' if one.batch else ''} / {one.window}"
+def _at_once(one: SubscriptionFacts) -> str:
+    return f"{one.concurrency}{f' × {one.batch}' if one.batch else ''}"
 
 
 def topics(found: Iterable[TopicFacts], unclaimed: Iterable[str]) -> RenderableType:
     """Topics and where their history begins."""
-    made = table("Topics", "topic", "model", "key", "history", "groups at the broker")
+    made = table("Topics", "topic", "model", "key", "later groups begin", "groups at the broker")
     nobody = set(unclaimed)
     for one in found:
         groups = "?" if one.groups is None else ", ".join(one.groups) or "none"
@@ -109,7 +108,7 @@ def topics(found: Iterable[TopicFacts], unclaimed: Iterable[str]) -> RenderableT
             Text(one.physical),
             Text(f"{one.model} v{one.version}"),
             Text(_key(one)),
-            Text(one.history),
+            Text(one.later_groups),
             Text(groups, style="yellow" if one.name in nobody else ""),
         )
     return made
@@ -172,11 +171,28 @@ def guarantees(found: Iterable[Guarantee]) -> RenderableType:
     return made
 
 
-def facts(title: str, found: Iterable[tuple[str, str]]) -> RenderableType:
-    """Names and sentences."""
-    made = table(title, "what", "which means")
+def facts(title: str, found: Iterable[tuple[str, str]], columns: tuple[str, str] = ("what", "which means")) -> RenderableType:
+    """Names and what they are."""
+    made = table(title, *columns)
     for name, says in found:
         made.add_row(Text(name), Text(says))
+    return made
+
+
+def dead_letters(found: Iterable[DeadLetter], width: int) -> RenderableType:
+    """Dead letters, a row each; what is long in an error is for `show`."""
+    wide = width >= WIDE
+    columns = ("id", "reason", "error", "attempts", "when (UTC)") if wide else ("dead letter", "error")
+    made = table("", *columns, right=("attempts",), whole=("id", "reason", "dead letter", "when (UTC)"))
+    for one in found:
+        when = one.dead_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        error = one.error if len(one.error) <= MAX_ERROR else one.error[: MAX_ERROR - 1] + "…"
+        reason = one.reason + (f", sent back {one.redrives}×" if one.redrives else "")
+        if wide:
+            made.add_row(Text(one.id), Text(reason), Text(error), Text(str(one.attempts)), Text(when))
+        else:
+            made.add_row(Text(f"{one.id}\n{reason}\nattempts: {one.attempts}\n{when} UTC"), Text(error))
+            made.add_section()
     return made
 
 

@@ -8,7 +8,7 @@ import typer
 
 from msgbus.cli import tables
 from msgbus.cli.console import Json, Url, Where, finish, load, note_private, opened, show, show_json
-from msgbus.cli.describe import describe_topic, groups_of, topic_json, topics_of
+from msgbus.cli.describe import describe_topic, groups_of, topics_of
 
 app = typer.Typer(help="The program's topics, as the broker has them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -18,7 +18,7 @@ def topics() -> None:
     """The program's topics, as the broker has them."""
 
 
-@app.command("list")
+@app.command("list", short_help="List the program's topics.")
 def list_topics(where: Where, url: Url = None, as_json: Json = False) -> None:
     """List the program's topics: shards, priorities, retention, groups and what is left of each."""
     finish(_list(where, url, as_json))
@@ -29,6 +29,6 @@ async def _list(where: str, url: str | None, as_json: bool) -> None:
         note_private(runtime)
         found = [(await describe_topic(runtime, topic, asked=True), await groups_of(runtime, topic)) for topic in topics_of(runtime)]
     if as_json:
-        show_json([topic_json(topic) | {"groups": [asdict(group) for group in groups]} for topic, groups in found])
+        show_json([asdict(topic) | {"groups": [asdict(group) for group in groups]} for topic, groups in found])
     else:
         show(tables.topic_list(found))

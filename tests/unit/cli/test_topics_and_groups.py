@@ -1,0 +1,102 @@
+"""`msgbus topics list`, `msgbus groups list` and `msgbus groups drop`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from tests.unit.cli.conftest import Invoke
+
+from msgbus import Bus, Topic
+from msgbus_memory import MemoryAdapter
+
+orders: Topic[dict[str, object]] = Topic("orders", dict[str, object], key="order_id")
+
+
+async def fill(url: str, count: int = 3) -> None:
+    """Declares the program's group and another's, and publishes so many messages that nobody takes."""
+    async with Bus(url, service="any") as bus:
+        async with bus.consumer(orders, group="billing"), bus.consumer(orders, group="stranger"):
+            pass
+        for number in range(count):
+            await bus.publish(orders, {"order_id": str(number), "amount": 1})
+
+
+async def groups_at(url: str) -> list[str]:
+    adapter = MemoryAdapter(url.removeprefix("memory://"))
+    await adapter.open()
+    try:
+        return list(await adapter.groups("orders"))
+    finally:
+        await adapter.close()
+
+
+def test_topics_list_tells_shards_groups_and_depth(shop: None, invoke: Invoke, url: str) -> None:
+    """Other programs' groups too, and what is left of each."""
+    asyncio.run(fill(url))
+    said = invoke("topics", "list", "shop", "--url", url, "--json")
+    assert said.code == 0, said.err
+    (topic,) = json.loads(said.out)
+    assert (topic["name"], topic["key"], topic["shards_at_broker"], topic["model"]) == ("orders", "order_id", 8, "Order")
+    assert [(group["group"], group["ours"], group["declared"], group["ready"]) for group in topic["groups"]] == [
+        ("billing", True, True, 3),
+        ("stranger", False, True, 3),
+    ]
+    words = invoke("topics", "list", "shop", "--url", url, width=80)
+    assert "stranger: 3 ready" in words.out
+    assert max(map(len, words.out.splitlines())) <= 80
+
+
+def test_a_group_that_never_ran_is_not_declared_yet(shop: None, invoke: Invoke, url: str) -> None:
+    """It is listed all the same, and listing it does not declare it."""
+    for _ in range(2):
+        (group,) = json.loads(invoke("groups", "list", "shop", "--url", url, "--json").out)
+        assert (group["group"], group["ours"], group["declared"], group["ready"]) == ("billing", True, False, None)
+    assert "not declared yet" in invoke("groups", "list", "shop", "--url", url).out
+
+
+def test_groups_drop_asks_and_takes_no_for_an_answer(shop: None, invoke: Invoke, url: str) -> None:
+    """The question says what would be lost; nobody there to answer is a no. Exit 1, nothing done."""
+    asyncio.run(fill(url))
+    for answers in ("n\n", ""):
+        said = invoke("groups", "drop", "shop", "orders", "billing", "--url", url, answers=answers)
+        assert said.code == 1
+        assert "which this program uses, and the 3 messages that wait for it?" in said.err
+        assert asyncio.run(groups_at(url)) == ["billing", "stranger"]
+
+
+@pytest.mark.parametrize(("options", "answers"), [(["--yes"], None), ([], "y\n")])
+def test_groups_drop_forgets_the_group(options: list[str], answers: str | None, shop: None, invoke: Invoke, url: str) -> None:
+    """With a yes, or without asking; the other group stays."""
+    asyncio.run(fill(url))
+    said = invoke("groups", "drop", "shop", "orders", "stranger", "--url", url, *options, answers=answers)
+    assert said.code == 0, said.err
+    assert asyncio.run(groups_at(url)) == ["billing"]
+
+
+def test_a_group_that_is_not_there_cannot_be_dropped(shop: None, invoke: Invoke, url: str) -> None:
+    """Exit 1, and it says which groups there are."""
+    asyncio.run(fill(url))
+    said = invoke("groups", "drop", "shop", "orders", "strangr", "--url", url, "--yes")
+    assert (said.code, said.out) == (1, "")
+    assert "no group 'strangr' at the broker; there: billing, stranger" in said.err
+
+
+def test_a_namespace_is_in_front_of_every_name(shop: None, invoke: Invoke, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are given without it, and looked up with it."""
+    monkeypatch.setenv("MSGBUS_NAMESPACE", "staging.")
+    asyncio.run(fill(url))
+    (topic,) = json.loads(invoke("topics", "list", "shop", "--url", url, "--json").out)
+    assert (topic["physical"], topic["shards_at_broker"]) == ("staging.orders", 8)
+    assert invoke("groups", "drop", "shop", "orders", "stranger", "--url", url, "--yes").code == 0
+    (group,) = json.loads(invoke("groups", "list", "shop", "--url", url, "--json").out)
+    assert group["group"] == "billing"
+
+
+@pytest.mark.parametrize("command", [["topics", "list"], ["groups", "list"], ["dead", "list"]])
+def test_a_broker_of_one_process_is_said_to_be_one(command: list[str], shop: None, invoke: Invoke) -> None:
+    """An empty answer would mislead: the note is on stderr, so that JSON stays JSON."""
+    said = invoke(*command, "shop", "--url", "memory://", "--json")
+    assert "lives in one process" in said.err
+    assert "lives in one process" not in said.out

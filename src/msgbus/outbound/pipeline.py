@@ -102,6 +102,12 @@ class Pipeline:
                 if isinstance(error, asyncio.CancelledError):
                     raise
                 return  # raised on the publishers
+            if outcomes.count(None) < len(outcomes) and not self._closed:  # the oldest one's time is over: the others keep theirs
+                soon = self._loop.time() + 0.05
+                again = [index for index in _to_send_again([one.envelope for one in sendable], outcomes) if sendable[index].deadline > soon]
+                waiting[:0] = [sendable[index] for index in again]
+                for index in reversed(again):
+                    del sendable[index], outcomes[index]
             for entry, outcome in zip(sendable, outcomes, strict=True):
                 if not entry.outcome.done():
                     entry.outcome.set_result(outcome)

@@ -7,8 +7,8 @@ the broker has a place of its own. msgbus's bookkeeping is in headers called `ms
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -90,7 +90,7 @@ class Envelope:
 
 def new_id() -> str:
     """A fresh message id: 32 hexadecimal digits, random."""
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def utc_text(moment: float) -> str:

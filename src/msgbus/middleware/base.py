@@ -32,7 +32,8 @@ class Middleware:
     async def publish(self, envelope: Envelope, call_next: Callable[[Envelope], Awaitable[None]], /) -> None:
         """Around one publish, also each of `publish_many`. Returns after the confirm; an exception is the publisher's.
 
-        Hand on another envelope (`dataclasses.replace`) to change what is sent; not calling `call_next` makes it not sent.
+        Hand on another envelope (`dataclasses.replace`) to change what is sent. To refuse one, raise: returning without having called
+        `call_next` is `PublishRejected` at the publisher, since nothing was sent.
         """
         await call_next(envelope)
 

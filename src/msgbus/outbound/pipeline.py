@@ -10,11 +10,12 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from msgbus.contract.adapter import Adapter, SendOutcome
 from msgbus.contract.envelope import Envelope
-from msgbus.errors import BrokerError, BrokerUnavailable, PublishUnknown
+from msgbus.errors import BrokerError, BrokerUnavailable, PublishRejected, PublishUnknown
 from msgbus.middleware.base import Middleware, compose
 
 log = logging.getLogger("msgbus")
@@ -23,6 +24,10 @@ MAX_BATCH = 500
 """Messages in one `Adapter.send`."""
 GRACE = 1.0
 """Seconds that an adapter may be late with its outcomes before the core answers in its place."""
+
+
+_sent: ContextVar[list[str]] = ContextVar("msgbus_sent")
+"""Of one publish through middleware: what reached the adapter and was confirmed."""
 
 
 class _Waiting(NamedTuple):
@@ -45,8 +50,27 @@ class Pipeline:
         self._quiet: asyncio.Event | None = None  # while `close` waits for them
         self._closed = False  # nothing is sent a second time any more
         innermost: Callable[[Envelope], Awaitable[None]] = self._send
-        self.publish = compose(middleware, "publish", innermost)
-        self._plain = self.publish is innermost
+        self.publish = innermost
+        """Returns once an envelope is confirmed; raises the outcome otherwise."""
+        self._chain = compose(middleware, "publish", self._send_and_tell)
+        self._plain = not any(type(layer).publish is not Middleware.publish for layer in middleware)
+        if not self._plain:
+            self.publish = self._publish_through_middleware
+
+    async def _publish_through_middleware(self, envelope: Envelope) -> None:
+        """A middleware that forgets `call_next` must not make its publisher believe in a confirm."""
+        sent: list[str] = []
+        token = _sent.set(sent)
+        try:
+            await self._chain(envelope)
+        finally:
+            _sent.reset(token)
+        if not sent:
+            raise PublishRejected(f"message {envelope.id!r} was not sent: a publish middleware returned without call_next")
+
+    async def _send_and_tell(self, envelope: Envelope) -> None:
+        await self._send(envelope)
+        _sent.get().append(envelope.id)
 
     async def _send(self, envelope: Envelope) -> None:
         """Returns once it is confirmed; raises the outcome otherwise."""

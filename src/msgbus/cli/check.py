@@ -9,8 +9,9 @@ from dataclasses import asdict
 import typer
 from rich.text import Text
 
+from msgbus.bus import Bus
 from msgbus.cli import tables
-from msgbus.cli.console import FAILED, Json, Url, Where, broker_shown, connected, finish, load, say, show, show_json
+from msgbus.cli.console import FAILED, Json, Url, Where, broker_shown, connected, finish, say, show, show_json
 from msgbus.cli.describe import native_uses, warnings
 from msgbus.cli.explain import Offline
 from msgbus.contract.adapter import ReceiverSpec, TopicSpec
@@ -28,11 +29,10 @@ def check(where: Where, url: Url = None, offline: Offline = False, as_json: Json
 
     Lists each use of native=, and what is not at the broker yet. Nothing is declared.
     """
-    finish(_check(where, url, offline, as_json))
+    finish(where, url, lambda bus: _check(bus, offline, as_json))
 
 
-async def _check(where: str, url: str | None, offline: bool, as_json: bool) -> None:
-    bus = load(where, url)
+async def _check(bus: Bus, offline: bool, as_json: bool) -> None:
     problems: list[str] = []
     missing: list[str] = []
     async with connected(bus, offline=offline) as runtime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -89,10 +89,10 @@ def failing() -> Generator[None, None, None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def finish(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a command's work, with errors as `failing` says."""
+def finish(where: str, url: str | None, work: Callable[[Bus], Coroutine[Any, Any, T]]) -> T:
+    """Loads the bus, outside of any event loop as a program expects to be imported, and does a command's work with it."""
     with failing():
-        return asyncio.run(work)
+        return asyncio.run(work(load(where, url)))
 
 
 def load(where: str, url: str | None) -> Bus:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from msgbus.bus import Bus
 from msgbus.cli import tables
-from msgbus.cli.console import Json, Url, Where, confirm, err, failing, finish, load, note_private, opened, out, show, show_json
+from msgbus.cli.console import Json, Url, Where, confirm, err, failing, finish, load, note_private, opened, out, say, show, show_json
 from msgbus.dead_letters import DeadLetter, DeadLetters
 from msgbus.errors import ConfigurationError, NotFound
 from msgbus.runtime import Runtime
@@ -129,11 +129,11 @@ def list_letters(
     as_json: Json = False,
 ) -> None:
     """List them, oldest first, without taking them: a table of 50 unless --limit says otherwise; with --json all, one a line."""
-    finish(_list(where, url, topic, group, limit, choice(reason, ids), as_json))
+    finish(where, url, lambda bus: _list(bus, topic, group, limit, choice(reason, ids), as_json))
 
 
-async def _list(where: str, url: str | None, topic: str | None, group: str | None, limit: int | None, which: Choice, as_json: bool) -> None:
-    async with dead_letters(load(where, url), topic, group) as (letters, _):
+async def _list(bus: Bus, topic: str | None, group: str | None, limit: int | None, which: Choice, as_json: bool) -> None:
+    async with dead_letters(bus, topic, group) as (letters, _):
         if as_json:
             async for letter in letters.list(where=which, limit=limit):
                 show_json(letter_json(letter), indent=None)
@@ -186,11 +186,11 @@ def show_letter(
     as_json: Json = False,
 ) -> None:
     """Show one: the whole record of its death, its headers and its body."""
-    finish(_show(where, url, topic, group, letter_id, as_json))
+    finish(where, url, lambda bus: _show(bus, topic, group, letter_id, as_json))
 
 
-async def _show(where: str, url: str | None, topic: str | None, group: str | None, letter_id: str, as_json: bool) -> None:
-    async with dead_letters(load(where, url), topic, group) as (letters, _):
+async def _show(bus: Bus, topic: str | None, group: str | None, letter_id: str, as_json: bool) -> None:
+    async with dead_letters(bus, topic, group) as (letters, _):
         letter = await letters.show(letter_id)
     if as_json:
         show_json(letter_json(letter))
@@ -235,8 +235,7 @@ def redrive(
 ) -> None:
     """Send them back to the group they came from, attempts counted anew. Ctrl-C stops it at any message; nothing is lost."""
     which = choice(reason, ids)
-    with failing():
-        sent = asyncio.run(_redrive(load(where, url), topic, group, which, limit, rate, dry_run, force))
+    sent = finish(where, url, lambda bus: _redrive(bus, topic, group, which, limit, rate, dry_run, force))
     left = max(0, which.matched - sent) if limit is None or sent < limit else 0
     if as_json:
         show_json({"dry_run": dry_run, "redriven": sent, "left": left}, indent=None)
@@ -261,7 +260,12 @@ async def _redrive(
         with _progress("sending back" if not dry_run else "looking") as (bar, task):
             bar.update(task, total=total if limit is None or total is None or which.narrow else min(limit, total))
             which.on_look = lambda: bar.advance(task)
-            sent = await letters.redrive(where=which, limit=limit, rate=rate, dry_run=dry_run, force=force)
+            try:
+                sent = await letters.redrive(where=which, limit=limit, rate=rate, dry_run=dry_run, force=force)
+            except BaseException:
+                if not dry_run:
+                    say("stopped on the way: what was sent back is sent back, the rest is where it was")
+                raise
     _expect(which)
     return sent
 

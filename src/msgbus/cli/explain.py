@@ -10,7 +10,7 @@ from rich.text import Text
 
 from msgbus.bus import Bus
 from msgbus.cli import tables
-from msgbus.cli.console import Json, Url, Where, broker_shown, finish, load, opened, out, show, show_json
+from msgbus.cli.console import Json, Url, Where, broker_shown, finish, opened, out, show, show_json
 from msgbus.cli.describe import Description, NativeUse, describe, native_uses
 
 Offline = Annotated[bool, typer.Option("--offline", help="Do not connect: only what the program and the adapter say.")]
@@ -18,11 +18,10 @@ Offline = Annotated[bool, typer.Option("--offline", help="Do not connect: only w
 
 def explain(where: Where, url: Url = None, offline: Offline = False, as_json: Json = False) -> None:
     """Show what is promised, and who keeps it: subscriptions, topics, groups, guarantees, warnings."""
-    finish(_explain(where, url, offline, as_json))
+    finish(where, url, lambda bus: _explain(bus, offline, as_json))
 
 
-async def _explain(where: str, url: str | None, offline: bool, as_json: bool) -> None:
-    bus: Bus = load(where, url)
+async def _explain(bus: Bus, offline: bool, as_json: bool) -> None:
     async with opened(bus, offline=offline) as runtime:
         description = await describe(runtime, broker_shown(bus), asked=not offline)
         natives = native_uses(runtime)

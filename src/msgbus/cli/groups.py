@@ -22,11 +22,11 @@ app = typer.Typer(help="The groups of the program's topics.", no_args_is_help=Tr
 @app.command("list", short_help="List every group of the program's topics.")
 def list_groups(where: Where, url: Url = None, as_json: Json = False) -> None:
     """List every group of the program's topics, other programs' too, and what is left of each."""
-    finish(_list(where, url, as_json))
+    finish(where, url, lambda bus: _list(bus, as_json))
 
 
-async def _list(where: str, url: str | None, as_json: bool) -> None:
-    async with opened(load(where, url)) as runtime:
+async def _list(bus: Bus, as_json: bool) -> None:
+    async with opened(bus) as runtime:
         note_private(runtime)
         found = [group for topic in topics_of(runtime) for group in await groups_of(runtime, topic)]
     if as_json:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from tests.unit.cli.conftest import Invoke, Said, Write
@@ -38,7 +42,7 @@ class Dead:
 async def all_dead(bus: Bus) -> None:
     """Until the group has given up on all five."""
     deadline = time.monotonic() + 10
-    while await bus.dead_letters("orders", group="billing").count() != 5:  # noqa: ASYNC110  nobody tells when one is stored
+    while await bus.dead_letters("orders", group="billing").count() != 5:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
 
@@ -225,3 +229,49 @@ def test_a_look_at_dead_letters_declares_nothing(shop: None, invoke: Invoke, url
         said = invoke("dead", "list", "shop", "--url", url)
         assert said.code == 1
         assert "no such group was ever declared" in said.err
+
+
+FILLED = """
+    import asyncio
+    from msgbus import Bus, Reject, Topic
+
+    orders = Topic("orders", dict)
+
+    def make():
+        bus = Bus("memory://filled", service="billing")
+
+        @bus.subscribe(orders)
+        async def invoice(order: dict) -> None:
+            raise Reject("no")
+
+        return bus
+
+    async def fill():
+        bus = make()
+        async with bus.running():
+            await bus.publish_many(orders, ({"number": number} for number in range(60)))
+            while await bus.dead_letters(orders, group="billing").count() != 60:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(fill())
+    bus = make()
+    print("filled", flush=True)
+"""
+
+
+def test_ctrl_c_stops_a_redrive_and_says_what_became_of_it(here: Path, write: Write) -> None:
+    """Exit 130; what was sent is sent, the rest is where it was: no traceback."""
+    write("filled", FILLED)
+    command = [sys.executable, "-m", "msgbus", "dead", "redrive", "filled", "--rate", "0.1"]
+    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            while "lives in one process" not in (line := process.stderr.readline()):  # the last word before the work begins
+                assert line, "it ended before it was interrupted"
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert err.endswith("interrupted\n")
+    assert "Traceback" not in err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from tests.unit.cli.conftest import Invoke, Write
 
@@ -112,3 +114,12 @@ def test_what_is_no_module_and_attribute_is_wrong_usage(where: str, shop: None, 
     said = invoke("check", where)
     assert said.code == 2
     assert "write" in said.err
+
+
+def test_a_module_may_run_an_event_loop_when_it_is_imported(write: Write, invoke: Invoke, url: str) -> None:
+    """No event loop runs yet when the program is loaded, by any command."""
+    write("loops", 'import asyncio\nasyncio.run(asyncio.sleep(0))\nfrom msgbus import Bus\nbus = Bus(service="s")\n')
+    for command in (["check"], ["explain"], ["topics", "list"], ["groups", "list"]):
+        said = invoke(*command, "loops", "--url", url)
+        assert said.code == 0, said.err
+        sys.modules.pop("loops")

@@ -120,8 +120,8 @@ class DeadLetters:
 
         The copy is confirmed before the dead letter is settled, so it may be interrupted at any message: nothing is lost. It keeps its
         id: an idempotency store decides whether the effect has happened. Stops at the first that cannot be sent and raises its error.
-        `rate`: at most so many a second. Left where they are, unless `force`: what was redriven 3 times, and what is older than a
-        store remembers. What has expired stays too, as `expired`.
+        `rate`: at most so many a second. Left where they are, unless `force`: what was redriven 3 times, what is older than a store
+        remembers, and what has expired (which the group then drops on receipt).
         """
         if rate is not None and rate <= 0:
             raise ValueError(f"rate must be positive, not {rate}")

@@ -74,6 +74,11 @@ class TopologyMismatch(ConfigurationError):
         self.expected = expected
         self.actual = actual
 
+    @property
+    def missing(self) -> bool:
+        """Nothing stands there at all: `actual` is "none"."""
+        return self.actual == "none"
+
 
 class BusNotEntered(ConfigurationError):
     """The bus was used before `async with bus`, or after it was left."""

@@ -237,7 +237,7 @@ class Adapter(ABC):
         """Makes topics, and the groups of `receivers`, exist. Afterwards a declared group misses nothing. Idempotent.
 
         Never alters or deletes: what is there and differs is a `TopologyMismatch`. `create=False` declares nothing, and what is
-        missing is a `TopologyMismatch` that names it. The topic's first group gets what was kept for it.
+        missing is a `TopologyMismatch` that names it and found "none". The topic's first group gets what was kept for it.
         """
 
     @abstractmethod

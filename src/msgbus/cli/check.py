@@ -20,9 +20,6 @@ from msgbus.inbound.plan import check_topics, plan_all
 from msgbus.outbound.writer import topic_spec
 from msgbus.runtime import Runtime, dead_spec
 
-MISSING = "none"
-"""What a `TopologyMismatch` finds where there is nothing."""
-
 
 def check(where: Where, url: Url = None, offline: Offline = False, as_json: Json = False) -> None:
     """Check that the broker can keep every promise of the program: exit 1 and the reasons where it cannot.
@@ -117,7 +114,7 @@ async def _stands(
     try:
         await runtime.declare(topics, receivers, create=False)
     except TopologyMismatch as error:
-        if error.actual == MISSING:
+        if error.missing:
             absent.add(what)
         elif str(error) not in problems:
             problems.append(str(error))

@@ -354,7 +354,7 @@ async def redrive_preserves_id_and_body(stage: Stage) -> None:
     )
     (letter,) = await stage.dead_letters(1)
     letters = publisher.dead_letters(ORDERS, group="suite")
-    assert await letters.redrive() == 1
+    assert await letters.redrive(limit=1) == 1
     (letter,) = await stage.dead_letters(1)
     assert (letter.redrives, letter.attempts, letter.reason) == (1, 2, "exhausted")
     mended = True
@@ -431,7 +431,7 @@ async def redrive_filter_limit_dry_run(stage: Stage) -> None:
     assert await letters.redrive(where=even) == 1
     assert await letters.redrive(limit=0) == 0
     assert await left(3) == ["1", "3", "5"]
-    assert await letters.redrive(rate=1000) == 3
+    assert await letters.redrive(rate=1000, limit=3) == 3
     await runs.wait_for(12)
     assert sorted(runs.items[6:]) == [0, 1, 2, 3, 4, 5]
 

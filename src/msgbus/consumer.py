@@ -17,6 +17,7 @@ from msgbus.contract.envelope import Envelope, check_group
 from msgbus.contract.outcome import Dead, RetryAfter
 from msgbus.errors import AlreadySettled, BrokerError, ConfigurationError, DecodeError, Reject, RetryLater, UnsupportedFeature
 from msgbus.inbound.job import runs_before
+from msgbus.inbound.levels import Levels
 from msgbus.inbound.reading import age_of, reader
 from msgbus.topic import Topic
 
@@ -135,7 +136,7 @@ class Consumer(Generic[M_co]):
         self._window = window
         self._runtime: Runtime | None = None
         self._settler: Settler | None = None
-        self._receiver: Receiver | None = None
+        self._levels: Levels | None = None
         self._burials: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -161,16 +162,11 @@ class Consumer(Generic[M_co]):
         """Drains: what is not settled returns to the group."""
         if self._burials:
             await asyncio.wait(self._burials, timeout=self._running().close_timeout)
-        receiver, self._receiver = self._receiver, None
+        levels, self._levels = self._levels, None
         runtime, self._runtime = self._runtime, None
-        if receiver is None or runtime is None:
-            return
-        try:
-            async with asyncio.timeout(runtime.close_timeout):
-                await receiver.drain()
-                await receiver.close()
-        except (TimeoutError, BrokerError) as problem:
-            log.warning("consumer of %s: closing: %s", self._topic.name, str(problem) or "no answer")
+        if levels is not None and runtime is not None:
+            await self._bounded(runtime, levels.drain())
+            await self._bounded(runtime, levels.close())
 
     async def receive(self, limit: int = 1, timeout: timedelta | None = None) -> list[Delivery[M_co]]:
         """1 to `limit` deliveries; none after `timeout` (default: waits). While the window is full of un-settled ones it waits too.
@@ -187,20 +183,22 @@ class Consumer(Generic[M_co]):
         while True:
             remaining = _POLL if deadline is None else min(_POLL, deadline - loop.time())
             try:
-                receiver = await self._receiving(runtime)
-                batch = await receiver.receive(limit, max(0.0, remaining))
+                if self._levels is None:
+                    spec = self._spec(runtime.namespace + self._topic.name)
+                    self._levels = await Levels.open(runtime.adapter, spec, priorities=self._topic.priorities)
+                batch = await self._levels.receive(limit, max(0.0, remaining))
             except BrokerError as error:
                 if not error.retryable:
                     raise
                 log.warning("consumer of %s: the broker is away, trying again: %s", self._topic.name, error)
-                await self._lost()
+                levels, self._levels = self._levels, None
+                if levels is not None:
+                    await self._bounded(runtime, levels.close())
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0) if deadline is None else max(0.0, min(pause, remaining)))
                 pause = min(pause * 2, 5.0)
                 batch = []
-                receiver = None
             deliveries: list[Delivery[M_co]] = []
-            for received in batch:
-                assert receiver is not None  # a batch came from it
+            for receiver, received in batch:
                 expires_at = received.envelope.expires_at
                 if expires_at is not None and expires_at <= time.time():
                     receiver.ack(received)
@@ -261,16 +259,10 @@ class Consumer(Generic[M_co]):
             raise ConfigurationError("this consumer is not entered: async with bus.consumer(...) as consumer")
         return self._runtime
 
-    async def _receiving(self, runtime: Runtime) -> Receiver:
-        if self._receiver is None:
-            self._receiver = await runtime.adapter.open_receiver(self._spec(runtime.namespace + self._topic.name))
-        return self._receiver
-
-    async def _lost(self) -> None:
-        receiver, self._receiver = self._receiver, None
-        if receiver is not None:
-            try:
-                async with asyncio.timeout(self._running().close_timeout):
-                    await receiver.close()
-            except (TimeoutError, BrokerError) as error:
-                log.debug("consumer of %s: closing a lost receiver: %s", self._topic.name, error)
+    async def _bounded(self, runtime: Runtime, call: Coroutine[Any, Any, None]) -> None:
+        """An adapter's call that must not hold anybody up."""
+        try:
+            async with asyncio.timeout(runtime.close_timeout):
+                await call
+        except (TimeoutError, BrokerError) as error:
+            log.warning("consumer of %s: closing: %s", self._topic.name, str(error) or "no answer")

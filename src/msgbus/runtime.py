@@ -199,9 +199,20 @@ class Runtime:
         if not known.declared:
             async with self._declaring:
                 if not known.declared:
-                    await self.declare([known.spec])
-                    known.declared = True
+                    await self._declare_or_forget(known)
         return known
+
+    async def _declare_or_forget(self, writer: Writer[Any]) -> None:
+        """A Topic that does not fit what is at the broker must not stand in the way of the right one."""
+        name = writer.topic.name
+        try:
+            await self.declare([writer.spec])
+        except ConfigurationError:
+            self._writers.pop(name, None)
+            if not any(writer.topic in (plan.topic, plan.publish_to) for plan in self.plans):
+                self.topics.pop(name, None)
+            raise
+        writer.declared = True
 
     def _make_writer(self, topic: Topic[Any] | str, name: str) -> Writer[Any]:
         typed = True

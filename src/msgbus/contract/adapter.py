@@ -315,7 +315,7 @@ class HasGroups(Protocol):
     async def groups(self, topic: str) -> Sequence[str]: ...
 
     async def drop_group(self, topic: str, group: str) -> bool:
-        """Forgets a group and all that it held, dead letters aside; its running receivers see `BrokerUnavailable`. False: there was none."""
+        """Forgets a group and all that it held, dead letters aside; its running receivers see `BrokerUnavailable`. False: it was not."""
         ...
 
 

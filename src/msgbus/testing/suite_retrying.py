@@ -26,6 +26,7 @@ from msgbus.inbound import breaker
 from msgbus.inbound.intake import POLL
 from msgbus.middleware import idempotency
 from msgbus.retry import Retry
+from msgbus.settings import Settings
 from msgbus.stores.memory import MemoryStore
 from msgbus.testing.faults import FaultyAdapter
 from msgbus.testing.stage import Order, Seen, Stage, Waits, Worker, conformance, eventually, patient
@@ -522,11 +523,12 @@ async def resets_and_drains_are_not_deaths(stage: Stage) -> None:
     """C8, C10: a message that comes again and again because the link was lost, or because one process after the other was shut down, has
     killed nobody: no quarantine, no attempt used up, no dead letter, however often. Failures before a shutdown still count."""
     publisher = await stage.publisher()
-    settings = stage.settings(max_deliveries=3, drain_timeout=timedelta(0))
+    patient_drain = stage.settings(max_deliveries=3)
+    hasty_drain = stage.settings(max_deliveries=3, drain_timeout=timedelta(0))
     runs: Seen[tuple[str, int]] = Seen()
     goes_on = asyncio.Event()
 
-    def consuming(adapter: Adapter) -> Bus:
+    def consuming(adapter: Adapter, settings: Settings = hasty_drain) -> Bus:
         bus = stage.bus(adapter=adapter, settings=settings, retry=Retry(attempts=4, wait=wait_fixed(0.5)))
 
         @bus.subscribe(ORDERS)
@@ -570,11 +572,13 @@ async def resets_and_drains_are_not_deaths(stage: Stage) -> None:
     assert await stage.dead_letters(0) == []
 
     if Capability.DELAY in faulty.capabilities:
+        await worker.stop()
+        worker = await stage.start(consuming(stage.new_adapter(), patient_drain))
         await publisher.publish(ORDERS, Order(text="failing"))
         for times in range(9, 12):
             await runs.wait_for(times, 15)
             await worker.stop()
-            worker = await stage.start(consuming(stage.new_adapter()))
+            worker = await stage.start(consuming(stage.new_adapter(), patient_drain))
         (letter,) = await stage.dead_letters(1)
         assert (letter.reason, letter.attempts) == ("exhausted", 4)
         assert runs.items[8:] == [("failing", attempt) for attempt in range(1, 5)]

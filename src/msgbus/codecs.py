@@ -88,7 +88,7 @@ class JsonCodec(Codec[M], Generic[M]):
                 raise ValueError("NaN and Infinity are not JSON: they would arrive as null")
             if b"NaN" in body or b"Infinity" in body:  # a model may ask pydantic for the bare words, which are no JSON either
                 json.loads(body, parse_constant=_refuse)
-            if self._model is None:  # nobody validated it when it was made, and pydantic writes what lacks a field without a word
+            if self._model is None or b"null" in body:  # pydantic writes a field that is missing, or None, without a word
                 self.validate(body)
         except (PydanticSerializationError, ValidationError, RecursionError) as error:
             raise ValueError(str(error)) from error

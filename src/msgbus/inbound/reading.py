@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from msgbus.codecs import decoder
 from msgbus.contract.codec import Codec
 from msgbus.contract.envelope import CE_TIME, CE_TYPE, CONTENT_TYPE, Envelope, parse_utc
@@ -15,6 +17,8 @@ from msgbus.topic import Topic
 
 M = TypeVar("M")
 
+MOST_PROBLEMS = 100
+"""Problems of one body that are spelled out."""
 _MOST_TYPES = 64
 """Event types of a topic that are remembered as harmless: the text comes from outside."""
 _OUR_TYPE = re.compile(r"(.*)\.v([0-9]{1,99})")
@@ -48,9 +52,16 @@ def reader(topic: Topic[Any], codec: Codec[M]) -> Callable[[Envelope], M]:
         try:
             return decode(envelope.body)
         except (ValueError, TypeError, RecursionError, AssertionError) as error:  # what validators of a model may raise
-            raise DecodeError(name, envelope.id, f"the body does not fit {model}: {error}") from error
+            raise DecodeError(name, envelope.id, f"the body does not fit {model}: {_problem(error)}") from error
 
     return read
+
+
+def _problem(error: Exception) -> str:
+    """The codec's words; of very many problems their number: a million of them are 180 MB of text, and seconds of everybody's time."""
+    if isinstance(error, ValidationError) and error.error_count() > MOST_PROBLEMS:
+        return f"{error.error_count()} validation errors"
+    return str(error)
 
 
 def age_of(envelope: Envelope) -> float:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 
 from msgbus.contract.adapter import Forwarding, Received, Receiver, SendOutcome
 from msgbus.contract.address import dead_topic
-from msgbus.contract.envelope import ATTEMPT, CE_TIME, DEAD, FIRST_FAILED_AT, NOT_BEFORE, Envelope, utc_text
+from msgbus.contract.envelope import ATTEMPT, CE_TIME, DEAD, FIRST_FAILED_AT, NOT_BEFORE, OWN, Envelope, utc_text
 from msgbus.contract.outcome import Dead
 from msgbus.errors import BrokerError, DecodeError, MsgbusError, PublishUnknown
 from msgbus.outbound.pipeline import GRACE, Pipeline
@@ -39,7 +39,8 @@ class Settler:
     async def retry(self, receiver: Receiver, received: Received, *, runs: int, delay: float, failed_at: float | None) -> SendOutcome:
         """A copy for this group alone, not before `delay` seconds from now; `runs` of the handler are behind it."""
         source = received.envelope
-        headers = {name: value for name, value in source.headers.items() if name != NOT_BEFORE}
+        headers = _kept(source)
+        headers.pop(NOT_BEFORE, None)
         headers[ATTEMPT] = str(runs)
         if failed_at is not None:  # None: the handler was not run
             headers.setdefault(FIRST_FAILED_AT, utc_text(failed_at))
@@ -70,7 +71,7 @@ class Settler:
             source.id,
             dead_topic(self.topic, self.group),
             source.body,
-            {**{name: value for name, value in source.headers.items() if not name.startswith(DEAD)}, **record},
+            {**_kept(source), **record},
             source.key,
             priority=source.priority,
             expires_at=source.expires_at,
@@ -106,7 +107,7 @@ class Settler:
             "attempts": str(runs),
             "deliveries": str(deliveries),
             "first-published-at": source.headers.get(CE_TIME, ""),
-            "first-failed-at": source.headers.get(FIRST_FAILED_AT) or utc_text(failed_at),
+            "first-failed-at": _kept(source).get(FIRST_FAILED_AT) or utc_text(failed_at),
             "dead-at": utc_text(time.time()),
             "source-id": source.id,
             "host": platform.node(),
@@ -116,6 +117,12 @@ class Settler:
 
 
 _VERSION = version("msgbus")
+
+
+def _kept(source: Envelope) -> dict[str, str]:
+    """The headers that a copy keeps. In a fresh message none that is called `msgbus-...` is ours, whatever it claims."""
+    not_kept = OWN if source.group is None else DEAD
+    return {name: value for name, value in source.headers.items() if not name.startswith(not_kept)}
 
 
 def words_of(error: BaseException) -> str:

@@ -147,6 +147,8 @@ def _never(constant: str) -> None:
         (Special, Order(id="1")),
         (Order, Order.model_construct(id=17)),
         (Order, Order.model_construct(id="1", amount="many")),
+        (Order, Order.model_construct(id=None)),
+        (Order, Order.model_construct(id="1", inner=Inner.model_construct(when=None, price=None))),
         (Parcel, Order(id="1")),
         (Parcel, {"id": "1"}),
         (Reading, {"sensor": "s"}),

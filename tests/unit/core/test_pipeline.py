@@ -379,7 +379,8 @@ class Tagging(Middleware):
 
 
 async def test_middleware_is_around_each_message_also_of_many() -> None:
-    """It may change what is sent, or raise; one that forgets `call_next` is no confirm. With `send_many` the order of a key holds, and behind a failure its key ends."""
+    """It may change what is sent, or raise; one that forgets `call_next` is no confirm. With `send_many` the order of a key
+    holds, and behind a failure its key ends."""
     adapter = Scripted()
     pipeline = Pipeline(adapter, [Tagging()], 5)
     await pipeline.publish(envelope("one"))

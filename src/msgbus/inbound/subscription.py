@@ -193,7 +193,7 @@ def _context_parameter(
     for parameter in inspect.signature(handler).parameters.values():
         if parameter.name == first.name or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        hint = hints.get(parameter.name, parameter.empty)
+        hint = _without_none(hints.get(parameter.name, parameter.empty))
         one = typing.get_args(hint)[0] if batch and typing.get_origin(hint) is list and typing.get_args(hint) else hint
         if one is other:
             kind = "an async" if is_async else "a sync"
@@ -214,6 +214,12 @@ def _context_parameter(
                 f"a handler takes the message and, if it asks, {wanted.__name__}"
             )
     return found
+
+
+def _without_none(hint: Any) -> Any:
+    """`Context` of `Context | None`, by which a handler can also be called without one."""
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    return members[0] if typing.get_origin(hint) in _UNIONS and len(members) == 1 else hint
 
 
 def _positional(handler: Callable[..., Any], place: str) -> list[inspect.Parameter]:

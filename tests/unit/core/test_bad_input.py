@@ -318,22 +318,17 @@ bodies = st.one_of(
     st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass")),
     st.builds(lambda name: b'{"id":"' + name.encode("utf-8", "surrogatepass") + b'"}', st.text(max_size=5)),
 )
-names = st.sampled_from(
-    [
-        "msgbus-attempt",
-        "msgbus-not-before",
-        "msgbus-dlq-reason",
-        "msgbus-redrive-count",
-        "content-type",
-        "content-encoding",
-        "ce-type",
-        "ce-time",
-        "ce-id",
-        "ce-correlationid",
-        "ce-idempotencykey",
-        "x",
-    ]
-)
+ours = [
+    "msgbus-attempt",
+    "msgbus-not-before",
+    "msgbus-dlq-reason",
+    "msgbus-redrive-count",
+    "ce-type",
+    "ce-time",
+    "ce-id",
+    "ce-correlationid",
+]
+names = st.sampled_from([*ours, "ce-idempotencykey", "content-type", "content-encoding", "x"])
 values = st.one_of(
     st.text(max_size=20), st.sampled_from(["application/json", "gzip", "Order.v2", "-1", "nan", "1e999", "2030-01-01T00:00:00Z"])
 )

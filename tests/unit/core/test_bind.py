@@ -59,6 +59,15 @@ async def with_more(order: Order, limit: int, context: Context, *rest: int, note
 def sync(order: Order, context: SyncContext) -> None: ...
 
 
+async def optional(order: Order, context: Context | None = None) -> None: ...
+
+
+def optional_sync(order: Order, *, context: SyncContext | None = None) -> None: ...
+
+
+async def optional_wrong(order: Order, context: SyncContext | None = None) -> None: ...
+
+
 class Service:
     async def method(self, order: Order, context: Context) -> None: ...
 
@@ -98,6 +107,8 @@ async def decorated(order: Order, context: Context) -> None: ...
     [
         (plain, "plain", True),
         (sync, "sync", False),
+        (optional, "optional", True),
+        (optional_sync, "optional_sync", False),
         (functools.partial(with_more, limit=3), "with_more", True),
         (functools.partial(functools.partial(with_more, note="a"), limit=3), "with_more", True),
         (functools.partial(sync), "sync", False),
@@ -130,7 +141,7 @@ def test_places_and_names_are_said_of_anything() -> None:
 
 @pytest.mark.parametrize(
     "handler",
-    [functools.partial(with_more), functools.partial(plain, Order(id="1")), len, dict, print, object(), "plain", 3],
+    [optional_wrong, functools.partial(with_more), functools.partial(plain, Order(id="1")), len, dict, print, object(), "plain", 3],
 )
 def test_what_cannot_be_bound_is_refused_with_its_place(handler: Any) -> None:
     """A parameter left over, a message already given, builtins and what is no function: `ConfigurationError`, never anything else."""

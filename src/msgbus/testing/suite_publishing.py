@@ -343,6 +343,7 @@ async def a_bad_envelope_does_not_fail_its_batch_mates_wrongly(stage: Stage) -> 
 
     faulty = FaultyAdapter(stage.new_adapter())
     faulty.on_send = lambda envelope: PublishRejected("this one") if _number(envelope) % 10 == 3 else None
+    faulty.before_send = lambda _: asyncio.sleep(0.001)  # so that the others gather behind the first
     publisher = await stage.entered(stage.bus(adapter=faulty, service="publisher"))
     results = await asyncio.gather(*(publisher.publish(BILLS, Order(n=n)) for n in range(100)), return_exceptions=True)
     for n, result in enumerate(results):

@@ -231,7 +231,10 @@ class Gathering:
 
 def _call(handler: Callable[..., Any], message: Any, /, **arguments: Any) -> Any:
     """A sync handler's call. A coroutine that it returns would never run, and its message would count as done."""
-    result = handler(message, **arguments)
+    try:
+        result = handler(message, **arguments)
+    except StopIteration as error:  # no future can hold one: its message would never end
+        raise RuntimeError("the handler raised StopIteration") from error
     if isinstance(result, Awaitable):
         if isinstance(result, Coroutine):
             result.close()

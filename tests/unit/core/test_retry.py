@@ -289,3 +289,28 @@ async def test_a_policy_or_an_error_that_breaks_does_not_end_the_subscription(po
         letters = [letter async for letter in bus.dead_letters(orders, group="shop").list()]
     assert [letter.body for letter in letters] == [b'{"id":"bad"}']
     assert letters[0].reason == "exhausted"
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("error", [StopIteration("empty"), StopAsyncIteration(), RuntimeError()])
+async def test_an_error_that_python_itself_uses_is_a_failure_like_any_other(error: Exception, in_thread: bool) -> None:
+    """`next()` of an empty iterator, in an async handler and in a thread: a dead letter, and the slot is free again."""
+    orders = Topic("orders", Order)
+    bus = Bus("memory://", service="shop", retry=Retry.none())
+    handled: list[str] = []
+
+    def handle_in_thread(order: Order) -> None:
+        if order.id == "bad":
+            raise error
+        handled.append(order.id)
+
+    async def handle(order: Order) -> None:
+        handle_in_thread(order)
+
+    bus.subscribe(orders, concurrency=1)(handle_in_thread if in_thread else handle)
+    async with bus.running():
+        await bus.publish(orders, Order(id="bad"))
+        await bus.publish(orders, Order(id="good"))
+        await eventually(lambda: handled == ["good"], seconds=3, what="the good one")
+        counts = bus.runners[0].counts
+        await eventually(lambda: counts["dead"] == 1, seconds=3, what="the dead letter")

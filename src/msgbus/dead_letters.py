@@ -121,14 +121,15 @@ class DeadLetters:
         The copy is confirmed before the dead letter is settled, so it may be interrupted at any message: nothing is lost. It keeps its
         id: an idempotency store decides whether the effect has happened. Stops at the first that cannot be sent and raises its error.
         `rate`: at most so many a second. Left where they are, unless `force`: what was redriven 3 times, what is older than a store
-        remembers, and what has expired (which the group then drops on receipt).
+        remembers, and what has expired (with `force` it goes without its expiry).
         """
         if rate is not None and rate <= 0:
             raise ValueError(f"rate must be positive, not {rate}")
         sent = 0
+        gone: set[str] = set()  # what dies again meanwhile is the next call's
 
         def chosen(letter: DeadLetter, envelope: Envelope) -> bool:
-            return (where is None or where(letter)) and (force or _may_go(letter, envelope))
+            return letter.id not in gone and (where is None or where(letter)) and (force or _may_go(letter, envelope))
 
         if dry_run:
             async for envelope in self._peek():
@@ -149,6 +150,7 @@ class DeadLetters:
                 if problem is not None:
                     raise problem
                 receiver.ack(received)
+                gone.add(copy.id)
                 sent += 1
         return sent
 
@@ -195,7 +197,6 @@ class DeadLetters:
 
         runtime = await self._declared()
         receiver = await runtime.adapter.open_receiver(dead_receiver(runtime.namespace + self._topic, self._group, _WINDOW))
-        started = time.time()
         given = 0
         try:
             while limit is None or given < limit:
@@ -205,8 +206,6 @@ class DeadLetters:
                     return
                 for received in batch:
                     letter = read_dead_letter(received.envelope)
-                    if letter.dead_at.timestamp() > started:  # died while we redrive: the next call's
-                        continue
                     if chosen(letter, received.envelope):
                         given += 1
                         yield receiver, received
@@ -224,7 +223,8 @@ class DeadLetters:
         gone = (ATTEMPT, FIRST_FAILED_AT, NOT_BEFORE)
         headers = {name: value for name, value in dead.headers.items() if not name.startswith(DEAD) and name not in gone}
         headers[REDRIVES] = str(_number(dead.headers.get(REDRIVES)) + 1)
-        return replace(dead, topic=topic, group=self._group, headers=headers, delay=0.0)
+        expires_at = dead.expires_at if dead.expires_at is not None and dead.expires_at > time.time() else None
+        return replace(dead, topic=topic, group=self._group, headers=headers, delay=0.0, expires_at=expires_at)
 
 
 def read_dead_letter(envelope: Envelope) -> DeadLetter:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from msgbus.contract.adapter import Adapter, Capability
@@ -186,6 +186,15 @@ class Carrier:
         jobs = hand.ready.take_all()
         if everything:
             jobs += list(hand.waiting)
+        await self._return(jobs)
+
+    async def give_back_rest(self) -> None:
+        """What was cancelled while it ran returns to the group; a copy keeps the count of the runs that ended before."""
+        if self._hand.lanes is None:
+            await self._return(self._hand.all())
+
+    async def _return(self, jobs: Sequence[Job]) -> None:
+        hand = self._hand
         for job in jobs:
             hand.cancel_wait(job)
             if job.outcome is None and job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts

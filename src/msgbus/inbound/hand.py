@@ -118,6 +118,10 @@ class Hand:
         if room is not None and (source.held * 2 <= source.window or not self.ready) and not room.done():
             room.set_result(True)
 
+    def all(self) -> list[Job]:
+        """Everything in hand, oldest first."""
+        return list(self._jobs.values())
+
     def lose(self) -> None:
         """Its receivers are closing: what is not started must not start, for it comes again, here or elsewhere."""
         for job in self._jobs.values():

@@ -214,6 +214,7 @@ class Runner:
         except TimeoutError:
             log.warning("%s: the drain's time is over: %d handlers are cancelled", self.plan.name, self._hand.running)
         await self._cut_off()
+        await self._carrier.bounded(self._carrier.give_back_rest())
 
     async def _settle_down(self) -> None:
         """Before receivers are opened in another way: nothing runs and nothing is held. A stop ends the waiting."""

@@ -160,4 +160,9 @@ class SyncContext(Facts, SyncPublishes):
         if self._loop.is_closed():  # a thread that outlasted the drain, and the program around it
             publishing.close()
             raise BusNotEntered("the bus was left while this handler ran on: nothing was sent")
-        return asyncio.run_coroutine_threadsafe(publishing, self._loop).result()
+        previous = handling.set(self._envelope)  # of a batch, this member; the loop's task starts with a copy of our context
+        try:
+            waiting = asyncio.run_coroutine_threadsafe(publishing, self._loop)
+        finally:
+            handling.reset(previous)
+        return waiting.result()

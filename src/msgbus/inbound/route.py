@@ -144,7 +144,10 @@ class Route(Generic[M]):
         async with asyncio.TaskGroup() as group:
             gathering.group = group
             tasks = [group.create_task(self._member(job, chain, gathering)) for job in jobs]
-        return [task.result() for task in tasks]
+        return [
+            self.failed(job, asyncio.CancelledError("the handler was cancelled, and not by us")) if task.cancelled() else task.result()
+            for job, task in zip(jobs, tasks, strict=True)
+        ]
 
     async def _member(self, job: Job, chain: Invoke, gathering: Gathering) -> Outcome:
         token = handling.set(job.envelope)
@@ -168,12 +171,22 @@ class Gathering:
         self._called = False
 
     async def join(self, context: Context) -> Outcome:
-        """A member's innermost: waits until every other one has come or ended, then for the handler."""
+        """A member's innermost: waits until every other one has come or ended, then for the handler.
+
+        A second `call_next` after the one call that the members share fails: there is nobody to share another with.
+        """
         message = self._route.read(context.envelope)
+        if self._called:
+            raise RuntimeError("call_next was called again, after the batch's handler had been: let the retry policy run it again")
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._members.append((context, message, outcome))
+        member = (context, message, outcome)
+        self._members.append(member)
         self._call_when_complete()
-        return await outcome
+        try:
+            return await outcome
+        finally:
+            if not self._called:  # a middleware's own time-out: it takes no part
+                self._members.remove(member)
 
     def left(self) -> None:
         """A member's chain has ended."""
@@ -188,7 +201,12 @@ class Gathering:
 
     async def _call(self) -> None:
         contexts = [context for context, _, _ in self._members]
-        results = await self._outcomes(contexts, [message for _, message, _ in self._members])
+        try:
+            results = await self._outcomes(contexts, [message for _, message, _ in self._members])
+        except asyncio.CancelledError:  # a task group takes no notice of a cancelled task: the members would wait for ever
+            for _, _, future in self._members:
+                future.cancel()
+            raise
         for (_, _, future), result in zip(self._members, results, strict=True):
             if future.done():
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
@@ -15,6 +16,8 @@ from msgbus.contract.codec import Codec
 M = TypeVar("M")
 
 JSON = "application/json"
+_HUGE_EXPONENT = re.compile(rb"[0-9][eE]\+?[0-9]{3}")
+"""A number that may overflow: 1e999."""
 OCTETS = "application/octet-stream"
 
 
@@ -26,7 +29,7 @@ def codec_for(model: Any, content_type: str | None) -> Codec[Any]:  # Any: a mod
 
 
 def decoder(codec: Codec[M]) -> Callable[[bytes], M]:
-    """What decodes a body: the codec's method; of our own JSON codec pydantic's, which it would only call: one call a message less."""
+    """What decodes a body: the codec's method; of our own JSON codec the function that it would only call: one call a message less."""
     return codec.validate if type(codec) is JsonCodec else codec.decode
 
 
@@ -58,7 +61,7 @@ class JsonCodec(Codec[M], Generic[M]):
         except Exception as error:  # pydantic raises several kinds of error for a type that it has no schema for
             raise TypeError(f"pydantic knows no schema for {model!r}: {error}") from error
         self._adapter = adapter
-        self.validate: Callable[[bytes], M] = adapter.validate_json
+        self.validate = _finite_validator(adapter)
         self._model = model if isinstance(model, type) and issubclass(model, BaseModel) else None
         self._accepted: set[str] = {JSON}
 
@@ -93,6 +96,25 @@ class JsonCodec(Codec[M], Generic[M]):
         except (PydanticSerializationError, ValidationError, RecursionError) as error:
             raise ValueError(str(error)) from error
         return body
+
+
+def _finite_validator(adapter: TypeAdapter[M]) -> Callable[[bytes], M]:
+    """Pydantic's validation of a body, less what it takes beyond JSON: NaN, Infinity, and numbers that overflow to it."""
+    validate = adapter.validate_json
+    try:
+        has_numbers = '"number"' in json.dumps(adapter.json_schema())
+    except Exception:  # pydantic has no JSON schema for every model that it validates
+        has_numbers = True
+
+    def validate_finite(body: bytes) -> M:
+        message = validate(body)
+        if (b"NaN" in body or b"Infinity" in body or (has_numbers and _HUGE_EXPONENT.search(body))) and _holds_nan(
+            adapter.dump_python(message, warnings=False)
+        ):
+            raise ValueError("NaN and Infinity are not JSON, and have no number")
+        return message
+
+    return validate_finite
 
 
 def _refuse(constant: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ log = logging.getLogger("msgbus")
 _DEFAULT_WAIT = wait_random_exponential(multiplier=1, max=60)
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class Retry:
     """A retry policy: immutable, safe to share between subscriptions, tasks and threads.
 
@@ -28,16 +30,14 @@ class Retry:
     first published. What is given up is a dead letter.
     """
 
-    __slots__ = ("attempts", "give_up_on", "max_age", "retry_on", "wait")
+    attempts: int = 8
+    wait: wait_base = _DEFAULT_WAIT
+    retry_on: retry_base | None = None
+    give_up_on: tuple[type[BaseException], ...] = ()
+    max_age: timedelta | None = None
 
-    def __init__(
-        self,
-        attempts: int = 8,
-        wait: wait_base = _DEFAULT_WAIT,
-        retry_on: retry_base | None = None,
-        give_up_on: tuple[type[BaseException], ...] = (),
-        max_age: timedelta | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
+        attempts, wait, retry_on, give_up_on, max_age = self.attempts, self.wait, self.retry_on, self.give_up_on, self.max_age
         if type(attempts) is not int or attempts < 1:
             raise ConfigurationError(f"Retry(attempts={attempts!r}): the first run counts, so an int, at least 1")
         if not isinstance(wait, wait_base):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
@@ -52,11 +52,6 @@ class Retry:
             raise ConfigurationError(f"Retry(give_up_on={give_up_on!r}): a tuple of exception classes, such as (ValueError,)")
         if max_age is not None and max_age <= timedelta(0):
             raise ConfigurationError(f"Retry(max_age={max_age}): must be positive")
-        self.attempts = attempts
-        self.wait = wait
-        self.retry_on = retry_on
-        self.give_up_on = give_up_on
-        self.max_age = max_age
 
     @classmethod
     def none(cls) -> Retry:

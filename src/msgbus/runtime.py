@@ -63,7 +63,7 @@ class Runtime:
         self.middleware = tuple(middleware)
         self.namespace = settings.namespace
         self.publish_timeout = settings.publish_timeout.total_seconds()
-        self.close_timeout = settings.close_timeout.total_seconds() / 4  # a step; in all: runs, receivers, publishes, adapter
+        self.close_timeout = settings.close_timeout.total_seconds() / 5  # a step: runs, what they leave, receivers, publishes, adapter
         self.topics = known_topics(subscriptions)
         self.defaults = Defaults(service=service, namespace=settings.namespace, concurrency=settings.concurrency, retry=retry, store=store)
         self.subscriptions = tuple(subscriptions)
@@ -150,7 +150,10 @@ class Runtime:
 
     async def publish(self, topic: Topic[Any] | str, message: Any, options: PublishOptions) -> Receipt:
         """As `Publishes.publish`."""
-        writer = self._writers.get(topic if isinstance(topic, str) else topic.name)
+        try:
+            writer = self._writers.get(topic if isinstance(topic, str) else topic.name)
+        except AttributeError:
+            raise _no_topic(topic) from None
         if writer is None or (writer.topic is not topic and not isinstance(topic, str)) or not writer.declared:
             writer = await self.writer(topic)
         envelope = writer.write(message, options)
@@ -188,6 +191,8 @@ class Runtime:
 
     async def writer(self, topic: Topic[Any] | str) -> Writer[Any]:
         """The topic's writer, its topic declared. A plain name means the bus's Topic of that name, else one of any JSON."""
+        if not isinstance(topic, str | Topic):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
+            raise _no_topic(topic)
         name = topic if isinstance(topic, str) else topic.name
         known = self._writers.get(name)
         if known is None:
@@ -238,6 +243,10 @@ class Runtime:
     def settler(self, physical: str, group: str, handler: str) -> Settler:
         """Who carries out what becomes of a group's deliveries."""
         return Settler(self.pipeline, physical, group, handler, self.adapter.limits.delay)
+
+
+def _no_topic(given: object) -> TypeError:
+    return TypeError(f"publish() takes a Topic, or the name of one, first, and then the message; not {given!r}")
 
 
 def dead_spec(physical: str, group: str) -> TopicSpec:

@@ -21,6 +21,7 @@ PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
 
 # CloudEvents attributes, as headers. `id` and `partitionkey` are fields of the envelope.
 CONTENT_TYPE = "content-type"
+CONTENT_ENCODING = "content-encoding"  # of other producers: msgbus compresses nothing
 CE = "ce-"
 CE_SPECVERSION = "ce-specversion"
 CE_TYPE = "ce-type"

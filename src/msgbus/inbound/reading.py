@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from msgbus.codecs import decoder
 from msgbus.contract.codec import Codec
-from msgbus.contract.envelope import CE_TIME, CE_TYPE, CONTENT_TYPE, Envelope, parse_utc
+from msgbus.contract.envelope import CE_TIME, CE_TYPE, CONTENT_ENCODING, CONTENT_TYPE, Envelope, parse_utc
 from msgbus.errors import DecodeError
 from msgbus.topic import Topic
 
@@ -28,6 +28,7 @@ def reader(topic: Topic[Any], codec: Codec[M]) -> Callable[[Envelope], M]:
     """The function that decodes a topic's envelopes. It raises `DecodeError`, which makes a dead letter at once."""
     name, model, version = topic.name, topic.model_name, topic.version
     content_type, accepts, decode = codec.content_type, codec.accepts, decoder(codec)
+    encoded_matters = topic.model is not bytes  # bytes are the handler's to decode
     known_types: set[str | None] = {None, f"{model}.v{version}"}
 
     def check_version(envelope: Envelope, event_type: str) -> None:
@@ -47,8 +48,8 @@ def reader(topic: Topic[Any], codec: Codec[M]) -> Callable[[Envelope], M]:
         given = headers.get(CONTENT_TYPE)
         if given != content_type and not accepts(given):
             raise DecodeError(name, envelope.id, f"content type {given!r} is none that {model} is read from", "unsupported")
-        if "content-encoding" in headers and headers["content-encoding"].lower() not in ("", "identity"):
-            raise DecodeError(name, envelope.id, f"content encoding {headers['content-encoding']!r} is not supported", "unsupported")
+        if encoded_matters and headers.get(CONTENT_ENCODING, "identity").lower() not in ("", "identity"):
+            raise DecodeError(name, envelope.id, f"content encoding {headers[CONTENT_ENCODING]!r} is not supported", "unsupported")
         try:
             return decode(envelope.body)
         except (ValueError, TypeError, RecursionError, AssertionError) as error:  # what validators of a model may raise

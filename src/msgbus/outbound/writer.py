@@ -18,6 +18,7 @@ from msgbus.contract.envelope import (
     CE_SPECVERSION,
     CE_TIME,
     CE_TYPE,
+    CONTENT_ENCODING,
     CONTENT_TYPE,
     HEADROOM,
     PRIORITIES,
@@ -26,7 +27,7 @@ from msgbus.contract.envelope import (
     check_id,
     utc_text,
 )
-from msgbus.errors import EncodeError, MessageTooLarge, UnsupportedFeature
+from msgbus.errors import EncodeError, InvalidHeader, MessageTooLarge, UnsupportedFeature
 from msgbus.publishing import PublishOptions, handling
 from msgbus.topic import Topic
 
@@ -77,6 +78,7 @@ class Writer(Generic[M]):
         self._encode = codec.encode
         self._key = _key_function(topic)
         self.typed = typed
+        self._is_json = topic.model is not bytes
         self._name = self.spec.name
         self._adapter_name = adapter_name
         self._max_body = limits.body - HEADROOM
@@ -141,6 +143,10 @@ class Writer(Generic[M]):
         own_headers = options.get("headers")
         if own_headers:
             check_headers(own_headers)
+            if self._is_json and any(name.lower() == CONTENT_ENCODING for name in own_headers):
+                raise InvalidHeader(
+                    f"header {CONTENT_ENCODING!r}: JSON travels as it is, and no consumer would decode it; use a topic of bytes"
+                )
             headers = {**own_headers, **headers}
         priority = options.get("priority")
         if priority is not None:

@@ -386,3 +386,35 @@ def test_the_memory_of_event_types_is_bounded() -> None:
     read = reader(Topic("orders", Order), codec_for(Order, None))
     for number in range(10_000):
         assert read(envelope(ce_type=f"foreign.{number}")) == Order(id="1")
+
+
+class Share(BaseModel):
+    share: float | None = None
+    note: str = ""
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"share":NaN}', b'{"share":Infinity}', b'{"share":-Infinity}', b'{"share":1e999}', b'{"share":-1E+4000}']
+)
+def test_a_foreign_number_that_json_does_not_have_is_invalid(body: bytes) -> None:
+    """Pydantic would take them for nan and inf: here the body does not fit, in nested and untyped places too."""
+    for model, wrapped in ((Share, body), (list[Share], b"[" + body + b"]"), (dict[str, Any], body)):
+        read = reader(Topic("shares", model), codec_for(model, None))
+        if wrapped is body and model is not Share and b"N" not in body and b"I" not in body:
+            continue  # an untyped number that overflows is whatever Python makes of it
+        with pytest.raises(DecodeError, match="NaN and Infinity"):
+            read(Envelope("m", "shares", wrapped, {}))
+
+
+@pytest.mark.parametrize("body", [b'{"share":1e100}', b'{"note":"NaN, Infinity, 1e999"}', b'{"share":1.5e-400}'])
+def test_words_and_numbers_that_only_look_like_it_are_fine(body: bytes) -> None:
+    """Text may say NaN, and a number may be large."""
+    assert isinstance(reader(Topic("shares", Share), codec_for(Share, None))(Envelope("m", "shares", body, {})), Share)
+
+
+def test_encoded_bytes_are_the_handlers_to_decode() -> None:
+    """A content encoding is unsupported for a model, and passes for bytes."""
+    body = Envelope("m", "raw", b"\x1f\x8b", {"content-encoding": "gzip"})
+    assert reader(Topic("raw", bytes), codec_for(bytes, None))(body) == b"\x1f\x8b"
+    with pytest.raises(DecodeError, match="gzip"):
+        reader(Topic("orders", Order), codec_for(Order, None))(body)

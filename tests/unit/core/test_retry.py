@@ -314,3 +314,10 @@ async def test_an_error_that_python_itself_uses_is_a_failure_like_any_other(erro
         await eventually(lambda: handled == ["good"], seconds=3, what="the good one")
         counts = bus.runners[0].counts
         await eventually(lambda: counts["dead"] == 1, seconds=3, what="the dead letter")
+
+
+def test_a_policy_cannot_be_changed() -> None:
+    """It is shared between subscriptions, so it is frozen; equal ones are equal."""
+    with pytest.raises(AttributeError):
+        Retry().attempts = 3  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  what is refused
+    assert Retry.none() == Retry(attempts=1)

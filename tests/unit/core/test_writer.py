@@ -16,7 +16,7 @@ from msgbus import PublishOptions, Topic
 from msgbus.codecs import codec_for
 from msgbus.contract.adapter import Capability, Limits
 from msgbus.contract.envelope import HEADROOM, Envelope, parse_utc
-from msgbus.errors import EncodeError, InvalidName, MessageTooLarge, UnsupportedFeature
+from msgbus.errors import EncodeError, InvalidHeader, InvalidName, MessageTooLarge, UnsupportedFeature
 from msgbus.outbound.writer import Writer
 from msgbus.publishing import handling
 
@@ -212,3 +212,11 @@ def test_what_is_published_while_a_message_is_handled_follows_from_it() -> None:
             handling.reset(token)
         assert (headers["ce-correlationid"], headers["ce-causationid"]) == (correlation, cause.id)
     assert "ce-correlationid" not in writer(orders).write(Order(id="1")).headers
+
+
+def test_a_content_encoding_is_for_bytes_alone() -> None:
+    """JSON travels as it is: a header that says otherwise would make every consumer give it up."""
+    with pytest.raises(InvalidHeader, match="content-encoding"):
+        writer(orders).write(Order(id="1"), {"headers": {"Content-Encoding": "gzip"}})
+    raw = Topic("raw", bytes)
+    assert writer(raw).write(b"\x1f", {"headers": {"content-encoding": "gzip"}}).headers["content-encoding"] == "gzip"

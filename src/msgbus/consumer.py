@@ -138,6 +138,8 @@ class Consumer(Generic[M_co]):
         self._settler: Settler | None = None
         self._levels: Levels | None = None
         self._burials: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        """A receiver serves one task at a time; several may share a consumer."""
 
     async def __aenter__(self) -> Self:
         """Declares topic and group. Raises as entering the bus does."""
@@ -155,6 +157,7 @@ class Consumer(Generic[M_co]):
         await runtime.declare([spec, dead_spec(spec.name, self._group)], [self._spec(spec.name)])
         self.read = reader(self._topic, codec_of(self._topic))
         self._settler = runtime.settler(spec.name, self._group, "consumer")
+        self._turn = asyncio.Lock()  # of this event loop
         self._runtime = runtime
         return self
 
@@ -172,21 +175,23 @@ class Consumer(Generic[M_co]):
         """1 to `limit` deliveries; none after `timeout` (default: waits). While the window is full of un-settled ones it waits too.
 
         A lost link is mended meanwhile; what was un-settled comes again. Expired messages are settled here and not returned.
-        Cancelling loses nothing.
+        Cancelling loses nothing. Several tasks may share a consumer; whoever still waits when it is left gets a `ConfigurationError`.
         """
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}")
-        runtime = self._running()
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout.total_seconds()
         pause = 0.1
         while True:
-            remaining = _POLL if deadline is None else min(_POLL, deadline - loop.time())
+            runtime = self._running()
             try:
-                if self._levels is None:
-                    spec = self._spec(runtime.namespace + self._topic.name)
-                    self._levels = await Levels.open(runtime.adapter, spec, priorities=self._topic.priorities)
-                batch = await self._levels.receive(limit, max(0.0, remaining))
+                async with asyncio.timeout_at(deadline):
+                    await self._turn.acquire()
+            except TimeoutError:
+                return []
+            try:
+                remaining = _POLL if deadline is None else max(0.0, min(_POLL, deadline - loop.time()))
+                batch = await (await self._opened()).receive(limit, remaining)
             except BrokerError as error:
                 if not error.retryable:
                     raise
@@ -194,9 +199,11 @@ class Consumer(Generic[M_co]):
                 levels, self._levels = self._levels, None
                 if levels is not None:
                     await self._bounded(runtime, levels.close())
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0) if deadline is None else max(0.0, min(pause, remaining)))
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0) if deadline is None else min(pause, remaining))
                 pause = min(pause * 2, 5.0)
                 batch = []
+            finally:
+                self._turn.release()
             deliveries: list[Delivery[M_co]] = []
             for receiver, received in batch:
                 expires_at = received.envelope.expires_at
@@ -228,7 +235,7 @@ class Consumer(Generic[M_co]):
         async def bury() -> None:
             try:
                 await burying
-            except BrokerError as error:  # un-settled, it comes again
+            except (BrokerError, ConfigurationError) as error:  # un-settled, it comes again; or the consumer was left
                 log.error("consumer of %s: %r could not be made a dead letter: %s", self._topic.name, delivery, error)
 
         task = asyncio.create_task(bury())
@@ -258,6 +265,18 @@ class Consumer(Generic[M_co]):
         if self._runtime is None:
             raise ConfigurationError("this consumer is not entered: async with bus.consumer(...) as consumer")
         return self._runtime
+
+    async def _opened(self) -> Levels:
+        """The open receivers. None stays open behind a consumer that was left meanwhile."""
+        runtime = self._running()
+        if self._levels is None:
+            spec = self._spec(runtime.namespace + self._topic.name)
+            levels = await Levels.open(runtime.adapter, spec, priorities=self._topic.priorities)
+            if self._runtime is not runtime:
+                await self._bounded(runtime, levels.close())
+                self._running()
+            self._levels = levels
+        return self._levels
 
     async def _bounded(self, runtime: Runtime, call: Coroutine[Any, Any, None]) -> None:
         """An adapter's call that must not hold anybody up."""

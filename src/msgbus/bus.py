@@ -75,6 +75,7 @@ class Bus(Router, Publishes):
         self._lifespan = lifespan
         self._made: tuple[tuple[str, AdapterSettings], Adapter] | None = None  # kept: a private memory:// outlives being left
         self._runtime: Runtime | None = None
+        self._entering = False
         self._runners: list[Runner] = []
         self._ended: list[str] = []
         self._stopping: asyncio.Event | None = None
@@ -136,10 +137,14 @@ class Bus(Router, Publishes):
         Raises `ConfigurationError` for what the program or its settings cannot keep, `BrokerUnavailable` when the broker is away for
         `publish_timeout`, `AuthenticationFailed`.
         """
-        if self._runtime is not None:
-            raise ConfigurationError("the bus is entered already; `async with bus`, `running()` and `run()` do not nest")
-        runtime = self.make_runtime()
-        await runtime.open()
+        if self._runtime is not None or self._entering:
+            raise self._entered_already()
+        self._entering = True
+        try:
+            runtime = self.make_runtime()
+            await runtime.open()
+        finally:
+            self._entering = False
         self._runtime = runtime
         self._loop = asyncio.get_running_loop()
         return self
@@ -257,6 +262,9 @@ class Bus(Router, Publishes):
     def _not_entered(self) -> BusNotEntered:
         return BusNotEntered("the bus is not entered: use it inside `async with bus:`, `async with bus.running():` or `bus.run()`")
 
+    def _entered_already(self) -> ConfigurationError:
+        return ConfigurationError("the bus is entered already; `async with bus`, `running()` and `run()` do not nest")
+
     def _entered(self) -> Runtime:
         if self._runtime is None:
             raise self._not_entered()
@@ -272,17 +280,20 @@ class Bus(Router, Publishes):
 
     @asynccontextmanager
     async def _running(self, *, handle_signals: bool) -> AsyncGenerator[Self, None]:
-        async with self:
-            self._stopping = asyncio.Event()
-            try:
+        if self._runtime is not None or self._entering:
+            raise self._entered_already()
+        self._stopping = asyncio.Event()  # here already: `stop()` while the broker is still being connected counts too
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with self:
                 if self._lifespan is None:
                     async with self._consuming(handle_signals):
                         yield self
                 else:
                     async with self._lifespan(self), self._consuming(handle_signals):
                         yield self
-            finally:
-                self._stopping = None
+        finally:
+            self._stopping = None
 
     @asynccontextmanager
     async def _consuming(self, handle_signals: bool) -> AsyncGenerator[None, None]:
@@ -306,7 +317,8 @@ class Bus(Router, Publishes):
             task.add_done_callback(functools.partial(self._note_end, runner))
         undo = self._on_signals() if handle_signals else None
         try:
-            await _broadcasts_open(runners, self._entered().publish_timeout)
+            assert self._stopping is not None  # set by _running
+            await _broadcasts_open(runners, self._stopping, self._entered().publish_timeout)
             yield
         finally:
             try:
@@ -353,13 +365,23 @@ class Bus(Router, Publishes):
         return undo
 
 
-async def _broadcasts_open(runners: Iterable[Runner], timeout: float) -> None:
+async def _broadcasts_open(runners: Iterable[Runner], stopping: asyncio.Event, timeout: float) -> None:
     """A broadcast gets what is published from now on: now, its receivers are open. Or the broker is away, and health says so."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(timeout):
-            for runner in runners:
-                if runner.plan.group is None:
-                    await runner.opened.wait()
+    pending = [asyncio.create_task(runner.opened.wait()) for runner in runners if runner.plan.group is None]
+    if not pending:
+        return
+    stopped = asyncio.create_task(stopping.wait())
+    waits = [*pending, stopped]
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while pending and not stopped.done():
+                    await asyncio.wait([*pending, stopped], return_when=asyncio.FIRST_COMPLETED)
+                    pending = [task for task in pending if not task.done()]
+    finally:
+        for task in waits:
+            task.cancel()
+        await asyncio.wait(waits)
 
 
 async def _all_ended(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from msgbus.contract.adapter import Adapter
 from msgbus.contract.outcome import DONE, Dead, Outcome, Released, RetryAfter
-from msgbus.errors import BrokerError
+from msgbus.errors import BrokerError, BrokerUnavailable
 from msgbus.inbound.breaker import Breaker
 from msgbus.inbound.carrying import Carrier, described
 from msgbus.inbound.hand import Hand
@@ -33,6 +33,8 @@ log = logging.getLogger("msgbus")
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 """Between tries to reach a broker that is away."""
+LONGEST_OPENING = 30.0
+"""Seconds that opening the receivers may take; then the broker counts as away."""
 STEADY = 10.0
 """Seconds that a link must hold for the back-off to begin anew."""
 
@@ -71,6 +73,7 @@ class Runner:
         self._paused = False
         self._stopping = asyncio.Event()
         self._cutting = False
+        self._cut = False
         self._workers: list[asyncio.Task[None]] = []
         self._chores: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
@@ -165,10 +168,11 @@ class Runner:
         pause = FIRST_PAUSE
         while not self._stopped():
             try:
-                await self._intake.open()
+                await self._open()
             except BrokerError as error:
                 await self._intake.close()
-                pause = await self._back_off(error, pause)
+                if not self._stopped():
+                    pause = await self._back_off(error, pause)
                 continue
             self.opened.set()
             started = self._loop.time()
@@ -184,6 +188,20 @@ class Runner:
             if lost is not None and not self._stopped():
                 pause = FIRST_PAUSE if self._loop.time() - started > STEADY else pause
                 pause = await self._back_off(lost, pause)
+
+    async def _open(self) -> None:
+        """Opens the receivers, unless it is stopped meanwhile: a broker that does not answer must not hold up a shutdown."""
+        opening = self._loop.create_task(self._intake.open(), name=f"msgbus {self.plan.name} opening")
+        stopped = self._loop.create_task(self._stopping.wait(), name=f"msgbus {self.plan.name} stopping")
+        try:
+            await asyncio.wait([opening, stopped], timeout=LONGEST_OPENING, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            opening.cancel()
+            stopped.cancel()
+            await asyncio.wait([opening, stopped], timeout=self._limits.close_timeout)
+        if opening.cancelled() or not opening.done():
+            raise BrokerUnavailable(f"the broker opened no receiver within {LONGEST_OPENING:g} s")
+        opening.result()
 
     def _stopped(self) -> bool:
         return self._stopping.is_set()
@@ -241,8 +259,10 @@ class Runner:
             self._hand.quiet = None
 
     async def _cut_off(self) -> None:
-        """Cancels what still runs: never acked, the attempt not counted. A handler that will not end is left behind."""
-        self._cutting = True
+        """Cancels what still runs: never acked, the attempt not counted. A handler that will not end is left behind. Twice is once."""
+        if self._cut:
+            return
+        self._cut = self._cutting = True
         tasks = [task for task in [*self._workers, *self._chores] if not task.done()]
         for task in tasks:
             task.cancel()

@@ -134,7 +134,8 @@ class Carrier:
         hand = self._hand
         hand.pauses()
         try:
-            problem = await copying
+            with hand.leaves(job):
+                problem = await copying
         finally:
             hand.resumes()
         if problem is None:
@@ -162,9 +163,10 @@ class Carrier:
         self._unstick(job)
         hand.pauses()
         try:
-            for source, received in [(job.source, job.received), *(job.twins or ())]:
-                if not received.tenure.lost:
-                    await self.bounded(source.receiver.release(received))
+            with hand.leaves(job):
+                for source, received in [(job.source, job.received), *(job.twins or ())]:
+                    if not received.tenure.lost:
+                        await self.bounded(source.receiver.release(received))
         finally:
             hand.resumes()
         for source, _ in job.twins or ():
@@ -195,14 +197,22 @@ class Carrier:
 
     async def _return(self, jobs: Sequence[Job]) -> None:
         hand = self._hand
-        for job in jobs:
-            hand.cancel_wait(job)
-            if job.outcome is None and job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts
-                copying = self._settler.retry(job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=job.failed_at)
-                if await copying is None:
-                    hand.finish(job, ack=False)
-                    continue
-            await self.release(job)
+        hand.awake += 1  # `release` takes its caller, here a chore, for a worker that was awake
+        try:
+            for job in jobs:
+                hand.cancel_wait(job)
+                if job.outcome is None and job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts
+                    copying = self._settler.retry(
+                        job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=job.failed_at
+                    )
+                    with hand.leaves(job):
+                        problem = await copying
+                    if problem is None:
+                        hand.finish(job, ack=False)
+                        continue
+                await self.release(job)
+        finally:
+            hand.awake -= 1
 
     async def bounded(self, call: Coroutine[Any, Any, None]) -> None:
         """An adapter's call that must not hold up a shutdown; what goes wrong is only logged: the broker gives back by itself."""

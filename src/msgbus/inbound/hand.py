@@ -7,8 +7,9 @@ what is in hand knows them all. A fixed pool of workers takes what is ready: a w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 from msgbus.contract.adapter import Received
 from msgbus.contract.envelope import NOT_BEFORE
@@ -36,6 +37,7 @@ class Hand:
         """What waits in this process for its next run, or to be carried out."""
         self.stuck: set[Job] = set()
         """Those of the waiting whose outcome could not be carried out."""
+        self._leaving: set[Job] = set()
         self.limit = 0
         """How many may run at once, just now."""
         self.running = 0
@@ -60,7 +62,7 @@ class Hand:
         envelope = received.envelope
         source.held += 1
         job = self._jobs.get(envelope.id)
-        if job is not None:
+        if job is not None and job not in self._leaving:
             self._adopt(job, source, received)
             return
         if envelope.expires_at is not None and envelope.expires_at <= now:
@@ -104,7 +106,8 @@ class Hand:
         if ack:
             source.receiver.ack(job.received)
         envelope = job.envelope
-        self._jobs.pop(envelope.id, None)
+        if self._jobs.get(envelope.id) is job:  # else what it left behind has come back
+            del self._jobs[envelope.id]
         source.held -= 1
         if job.twins is not None:
             for twin_source, received in job.twins:
@@ -118,13 +121,22 @@ class Hand:
         if room is not None and (source.held * 2 <= source.window or not self.ready) and not room.done():
             room.set_result(True)
 
+    @contextlib.contextmanager
+    def leaves(self, job: Job) -> Generator[None, None, None]:
+        """While it is given back, or its copy stored: what comes under its id meanwhile is that very copy, and in hand in its place."""
+        self._leaving.add(job)
+        try:
+            yield
+        finally:
+            self._leaving.discard(job)
+
     def all(self) -> list[Job]:
         """Everything in hand, oldest first."""
         return list(self._jobs.values())
 
     def lose(self) -> None:
         """Its receivers are closing: what is not started must not start, for it comes again, here or elsewhere."""
-        for job in self._jobs.values():
+        for job in (*self._jobs.values(), *self._leaving, *self.waiting):
             job.received.tenure.lost = True
 
     def forget(self) -> None:

@@ -2,6 +2,8 @@
 
 PYTHON ?=
 ARGS ?=
+PROGRAMS ?=
+SEED ?=
 # The type checker comes complete from its wheel; without this it asks the network for a newer release of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
@@ -11,12 +13,12 @@ pip := $(python) -m pip --disable-pip-version-check --quiet --require-virtualenv
 docs_test := tests/unit/test_docs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test differential check bench docs clean
 .SILENT:
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	echo 'ARGS="..." is handed to demo and bench, PYTEST_ADDOPTS="..." to test and docs; PYTHON=... chooses the interpreter.'
 
 setup: $(venv)/.installed ## make .venv with everything that the other targets need
@@ -28,6 +30,9 @@ demo: $(venv)/.demo ## run the example on real flight data; MSGBUS_URL names the
 test: $(venv)/.installed ## run the tests, then those that msgbus ships for adapters
 	$(python) -m pytest
 	$(python) -m pytest --pyargs msgbus.testing
+
+differential: $(venv)/.installed ## run random programs on every broker that is there; PROGRAMS=... says how many, SEED=... which
+	MSGBUS_TEST_DIFFERENTIAL_PROGRAMS=$(PROGRAMS) MSGBUS_TEST_DIFFERENTIAL_SEED=$(SEED) $(python) -m pytest tests/differential
 
 check: $(venv)/.installed ## lint, format, types, floors
 	$(python) -m ruff check

@@ -1,0 +1,358 @@
+"""Runs a program on a broker, through the public bus, and says what could be observed.
+
+A process of a group is a bus at work with an adapter of its own; it ends by a drain, or by the death of its adapter's connections. What
+each message does to a handler is in its body: handlers decide nothing. There are deadlines and no sleeps: the model says what to wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from tenacity import wait_fixed
+from tests.differential.model import MAX_REDRIVES, GroupState, Model, last_steps
+from tests.differential.program import Group, Halt, Plan, Program, Publish, Redrive, Settle, Start
+from tests.differential.trace import GroupTrace, Run, Trace
+
+from msgbus import Batch, BatchFailed, Bus, Context, Drop, Reject, Retry, RetryLater, Topic
+from msgbus.contract.adapter import HasDepth
+from msgbus.errors import UnsupportedFeature
+from msgbus.publishing import PublishManyOptions
+from msgbus.testing.stage import Broker, Stage, Worker, opened
+
+T = TypeVar("T")
+
+TOPIC = "work"
+SHORT = 0.01
+"""Seconds between two runs."""
+LOOK_AGAIN = 0.003
+"""Seconds between two looks at what nobody announces."""
+CLOCKS = 0.002
+"""Seconds that clocks may differ in how they round a delay."""
+EXPIRIES = {"never": None, "at once": timedelta(microseconds=1), "in a minute": timedelta(minutes=1)}
+
+
+class Sent(BaseModel):
+    """A message as the publisher sees it: it can write what no handler can read."""
+
+    n: int
+    key: str | None
+    plans: tuple[Plan, ...] | str
+
+
+class Work(BaseModel):
+    """A message as handlers see it."""
+
+    n: int
+    key: str | None
+    plans: tuple[Plan, ...]
+
+
+class GivenUp(Exception):
+    """What the groups' policy gives up on at once."""
+
+
+@dataclass
+class Log:
+    """What handlers of one group have seen, all its processes together."""
+
+    ended: list[tuple[Run, str | None, bool]] = field(default_factory=list[tuple[Run, str | None, bool]])
+    """Runs in the order they ended: message and attempt, key, whether it was the message's last."""
+    started: int = 0
+    first_start: dict[int, float] = field(default_factory=dict[int, float])
+    rounds: Counter[int] = field(default_factory=Counter[int])
+    """By message: how often a run ended it."""
+    overlaps: list[str] = field(default_factory=list[str])
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def until(self, true: Callable[[], bool], seconds: float) -> bool:
+        """Waits for `true` to become so, at most so long; whether it has."""
+        try:
+            async with asyncio.timeout(seconds), self.changed:
+                await self.changed.wait_for(true)
+        except TimeoutError:
+            return true()  # both may have come together
+        return True
+
+    async def tell(self) -> None:
+        """Something has changed."""
+        async with self.changed:
+            self.changed.notify_all()
+
+
+@dataclass
+class Handler:
+    """A group's handler in one process."""
+
+    index: int
+    group: Group
+    log: Log
+    running: dict[str, int] = field(default_factory=dict[str, int])
+
+    async def one(self, message: Work, context: Context) -> None:
+        """Message by message."""
+        error = await self._run(message, context)
+        if error is not None:
+            raise error
+
+    async def many(self, messages: list[Work], contexts: list[Context]) -> None:
+        """In batches, whose members run side by side."""
+        found = await asyncio.gather(*(self._run(message, context) for message, context in zip(messages, contexts, strict=True)))
+        errors = {index: error for index, error in enumerate(found) if error is not None}
+        if errors:
+            raise BatchFailed(errors)
+
+    async def _run(self, message: Work, context: Context) -> Exception | None:
+        """One run, as the message's plan for this group has it: what the handler raises, if anything."""
+        log, plan, attempt, key = self.log, message.plans[self.index], context.attempt, message.key
+        log.started += 1
+        log.first_start.setdefault(message.n, asyncio.get_running_loop().time())
+        if key is not None and self.group.handling != "unordered":
+            if key in self.running:
+                log.overlaps.append(f"{message.n} of key {key} began while {self.running[key]} ran")
+            self.running[key] = message.n
+        try:
+            if plan.takes_ms:
+                await asyncio.sleep(plan.takes_ms / 1000)
+        finally:
+            if key is not None:
+                self.running.pop(key, None)
+        last = attempt > len(plan.failures) or attempt >= self.group.attempts
+        log.ended.append(((message.n, attempt), key, last))
+        log.rounds[message.n] += last
+        await log.tell()
+        return _error(plan, attempt)
+
+
+def _error(plan: Plan, attempt: int) -> Exception | None:
+    match plan.failures[attempt - 1] if attempt <= len(plan.failures) else plan.end:
+        case "done":
+            return None
+        case "drop":
+            return Drop("nothing to do")
+        case "reject":
+            return Reject("never")
+        case "give up":
+            return GivenUp("no more")
+        case "too late":
+            return RetryLater(timedelta(hours=1))
+        case "error":
+            return RuntimeError("failed")
+        case "later":
+            return RetryLater(timedelta(seconds=2 * SHORT))
+        case "later by policy":
+            return RetryLater()
+
+
+class Interpreter:
+    """One program on one stage. `seconds`: how long to wait for what must come."""
+
+    def __init__(self, program: Program, stage: Stage, publisher: Bus, seconds: float) -> None:
+        self._program = program
+        self._stage = stage
+        self._publisher = publisher
+        self._seconds = seconds
+        key = "key" if program.kind == "keyed" else None
+        self._outgoing = Topic(TOPIC, Sent, key=key, priorities=program.kind == "ranked")
+        self._incoming = Topic(TOPIC, Work, key=key, priorities=program.kind == "ranked")
+        self._model = Model(program)
+        self._logs = [Log() for _ in program.groups]
+        self._processes: list[list[Worker]] = [[] for _ in program.groups]
+        self._not_before: dict[int, float] = {}
+        self._problems: list[str] = []
+
+    async def run(self) -> Trace:
+        """All steps, and what every program ends with."""
+        for number, step in enumerate([*self._program.steps, *last_steps(self._program)], 1):
+            await self._step(step)
+            if self._problems:
+                self._problems[0] = f"step {number}: {self._problems[0]}"
+                break
+        trace = Trace({state.group.name: await self._observed(state) for state in self._model.states}, self._early(), tuple(self._problems))
+        for processes in self._processes:
+            for worker in processes:
+                await worker.stop()
+        return trace
+
+    # ------------------------------------------------------------ steps
+
+    async def _step(self, step: Publish | Start | Halt | Settle | Redrive) -> None:
+        match step:
+            case Publish():
+                await self._publish(step)
+            case Start(group):
+                self._processes[group].append(await self._stage.start(self._bus(group)))
+            case Halt(group, kill, after):
+                log = self._logs[group]
+                begun = log.started + after
+                if after:  # for what may never come no longer than it usually takes
+                    await log.until(lambda: log.started >= begun or self._all_ended(self._model.states[group]), 0.2)
+                worker = self._processes[group].pop(0)
+                await (worker.kill() if kill else worker.stop())
+            case Settle():
+                pass
+            case Redrive(group):
+                await self._settle()
+                if self._processes[group] and not self._problems:
+                    may_go = sum(redrives < MAX_REDRIVES for _, (_, _, redrives) in await self._dead(self._model.states[group]))
+                    dead = self._publisher.dead_letters(TOPIC, group=self._program.groups[group].name)
+                    if await dead.redrive(limit=may_go) != may_go:
+                        self._problems.append(f"fewer than the {may_go} dead letters were redriven")
+        self._model.step(step)
+        if isinstance(step, Settle):
+            await self._settle()
+
+    async def _publish(self, step: Publish) -> None:
+        sent = [Sent(n=message.n, key=message.key, plans=message.plans if message.readable else "unreadable") for message in step.messages]
+        options: PublishManyOptions = {"expires_in": EXPIRIES[step.expires]}
+        if step.delay_ms:
+            options["delay"] = timedelta(milliseconds=step.delay_ms)
+            due = asyncio.get_running_loop().time() + step.delay_ms / 1000
+            self._not_before.update({message.n: due for message in sent})
+        if self._program.kind == "ranked":
+            options["priority"] = step.priority
+        if step.many:
+            await self._publisher.publish_many(self._outgoing, sent, **options)
+        else:
+            for message in sent:
+                await self._publisher.publish(self._outgoing, message, id=f"{self._stage.namespace}{message.n}", **options)
+
+    def _bus(self, index: int) -> Bus:
+        group = self._program.groups[index]
+        bus = self._stage.bus(service=group.name)
+        handler = Handler(index, group, self._logs[index])
+        options: dict[str, Any] = {
+            "retry": Retry(attempts=group.attempts, wait=wait_fixed(SHORT), give_up_on=(GivenUp,)),
+            "concurrency": group.concurrency,
+            "ordered": group.handling != "unordered",
+        }
+        if group.handling == "skipping":
+            options["on_failure"] = "skip"
+        if group.batch:
+            bus.subscribe(self._incoming, batch=Batch(group.batch), **options)(handler.many)
+        else:
+            bus.subscribe(self._incoming, **options)(handler.one)
+        return bus
+
+    # ------------------------------------------------------------ waiting
+
+    async def _settle(self) -> None:
+        """Until every group with a process has ended what it owes, and the broker has nothing left for it. What is missing is a problem."""
+        deadline = asyncio.get_running_loop().time() + self._seconds
+        for state in self._model.states:
+            if self._processes[state.index]:
+                await self._settle_group(state, deadline)
+
+    async def _settle_group(self, state: GroupState, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        log = self._logs[state.index]
+        if not await log.until(lambda: self._all_ended(state), deadline - loop.time()):
+            missing = sorted(n for n, owed in state.owed.items() if not owed.maybe and owed.fate.runs and log.rounds[n] < owed.rounds)
+            self._problems.append(f"{state.group.name} has not ended {missing} within {self._seconds:g} s")
+            return
+        left = await _until_empty(lambda: self._left(state), deadline)
+        if left:
+            self._problems.append(f"{state.group.name} has ended all, and {left} are left within {self._seconds:g} s")
+            return
+
+        async def without_letter() -> list[int]:
+            letters = {n for n, _ in await self._dead(state)}
+            return sorted(n for n, owed in state.owed.items() if owed.letter and not owed.maybe and n not in letters)
+
+        missing = await _until_empty(without_letter, deadline)
+        if missing:
+            self._problems.append(f"{state.group.name} has no dead letter of {missing} within {self._seconds:g} s")
+
+    def _all_ended(self, state: GroupState) -> bool:
+        rounds = self._logs[state.index].rounds
+        return all(rounds[n] >= owed.rounds for n, owed in state.owed.items() if owed.fate.runs and not owed.maybe)
+
+    async def _left(self, state: GroupState) -> int:
+        """What the broker has for a group: waiting, in hand, delayed; 0 where it cannot say."""
+        adapter = self._publisher.runtime.adapter
+        if not isinstance(adapter, HasDepth):
+            return 0
+        depth = await adapter.depth(self._stage.name(TOPIC), state.group.name)
+        return (depth.ready or 0) + (depth.in_flight or 0) + (depth.delayed or 0)
+
+    async def _dead(self, state: GroupState) -> list[tuple[int, tuple[str, int, int]]]:
+        """Its dead letters: message, and reason, attempts, redrives."""
+        try:
+            letters = [letter async for letter in self._publisher.dead_letters(TOPIC, group=state.group.name).list()]
+        except UnsupportedFeature:  # it cannot be looked at without taking it
+            letters = await self._stage.dead_letters(sum(1 for owed in state.owed.values() if owed.letter), TOPIC, group=state.group.name)
+        return [(int(json.loads(letter.body)["n"]), (letter.reason, letter.attempts, letter.redrives)) for letter in letters]
+
+    # ------------------------------------------------------------ what was seen
+
+    async def _observed(self, state: GroupState) -> GroupTrace:
+        """Of one group, without what is not promised: repetitions where they are allowed, order where there is none."""
+        log = self._logs[state.index]
+        repeats = state.repeats(exact_moves=self._exact_moves)
+        unsure = {n for n, owed in state.owed.items() if owed.maybe}
+        in_order = {owed.message.n: owed.fate.runs for owed in self._model.in_order(state)}
+        runs: defaultdict[int, list[int]] = defaultdict(list)
+        order: defaultdict[str, dict[int, None]] = defaultdict(dict)
+        sequence: defaultdict[str, list[Run]] = defaultdict(list)
+        for (n, attempt), key, last in log.ended:
+            if n not in unsure:
+                runs[n].append(attempt)
+            if key is not None and n in in_order:
+                if in_order[n]:  # not those of a redrive
+                    sequence[key].append((n, attempt))
+                    in_order[n] -= 1
+                if last:
+                    order[key].setdefault(n)
+        dead: defaultdict[int, list[tuple[str, int, int]]] = defaultdict(list)
+        if state.declared:
+            for n, letter in await self._dead(state):
+                if n not in unsure:
+                    dead[n].append((*letter[:2], -1) if repeats else letter)
+        return GroupTrace(
+            {n: tuple(sorted(set(attempts) if repeats else attempts)) for n, attempts in runs.items()},
+            {key: tuple(numbers) for key, numbers in order.items()},
+            {key: tuple(all_of_it) for key, all_of_it in sequence.items()} if self._model.has_sequence(state, repeats) else {},
+            {n: tuple(sorted(set(letters) if repeats else letters)) for n, letters in dead.items()},
+            await self._left(state) if state.declared else 0,
+            tuple(log.overlaps),
+        )
+
+    @property
+    def _exact_moves(self) -> bool:
+        return exact_moves(self._stage.broker)
+
+    def _early(self) -> tuple[int, ...]:
+        early = {n for log in self._logs for n, started in log.first_start.items() if started < self._not_before.get(n, 0.0) - CLOCKS}
+        return tuple(sorted(early))
+
+
+async def _until_empty(look: Callable[[], Awaitable[T]], deadline: float) -> T:
+    """What `look` finds, once it is nothing, or the time is over."""
+    while True:
+        found = await look()
+        if not found or asyncio.get_running_loop().time() >= deadline:
+            return found
+        await asyncio.sleep(LOOK_AGAIN)
+
+
+def exact_moves(broker: Broker) -> bool:
+    """Whether a drain repeats nothing of a group without order: in memory each message is settled before the next word is said."""
+    return broker.url.startswith("memory:")
+
+
+async def _run(program: Program, broker: Broker, seconds: float) -> Trace:
+    async with asyncio.timeout(6 * seconds * broker.patience + 10), opened(broker) as stage:
+        publisher = await stage.publisher()
+        interpreter = Interpreter(program, stage, publisher, seconds * broker.patience)
+        return await interpreter.run()
+
+
+def run_program(program: Program, broker: Broker, seconds: float = 10.0) -> Trace:
+    """The trace of a program on a broker, in an event loop of its own."""
+    return asyncio.run(_run(program, broker, seconds))

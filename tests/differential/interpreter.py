@@ -28,6 +28,9 @@ from msgbus.testing.stage import Broker, Stage, Worker, opened
 
 T = TypeVar("T")
 
+Letter = tuple[int, tuple[str, int, int]]
+"""A dead letter: message, and reason, attempts, redrives."""
+
 TOPIC = "work"
 SHORT = 0.01
 """Seconds between two runs."""
@@ -163,6 +166,8 @@ class Interpreter:
         self._incoming = Topic(TOPIC, Work, key=key, priorities=program.kind == "ranked")
         self._model = Model(program)
         self._logs = [Log() for _ in program.groups]
+        self._letters: list[list[Letter]] = [[] for _ in program.groups]
+        """Dead letters as last seen, when all else was settled: looking again at once is more than every broker can do."""
         self._processes: list[list[Worker]] = [[] for _ in program.groups]
         self._not_before: dict[int, float] = {}
         self._problems: list[str] = []
@@ -173,6 +178,8 @@ class Interpreter:
             await self._step(step)
             if self._problems:
                 self._problems[0] = f"step {number}: {self._problems[0]}"
+                for state in self._model.states:
+                    self._letters[state.index] = await self._dead(state) if state.declared else []
                 break
         trace = Trace({state.group.name: await self._observed(state) for state in self._model.states}, self._early(), tuple(self._problems))
         for processes in self._processes:
@@ -200,7 +207,7 @@ class Interpreter:
             case Redrive(group):
                 await self._settle()
                 if self._processes[group] and not self._problems:
-                    may_go = sum(redrives < MAX_REDRIVES for _, (_, _, redrives) in await self._dead(self._model.states[group]))
+                    may_go = sum(redrives < MAX_REDRIVES for _, (_, _, redrives) in self._letters[group])
                     dead = self._publisher.dead_letters(TOPIC, group=self._program.groups[group].name)
                     if await dead.redrive(limit=may_go) != may_go:
                         self._problems.append(f"fewer than the {may_go} dead letters were redriven")
@@ -262,7 +269,8 @@ class Interpreter:
             return
 
         async def without_letter() -> list[int]:
-            letters = {n for n, _ in await self._dead(state)}
+            self._letters[state.index] = await self._dead(state)
+            letters = {n for n, _ in self._letters[state.index]}
             return sorted(n for n, owed in state.owed.items() if owed.letter and not owed.maybe and n not in letters)
 
         missing = await _until_empty(without_letter, deadline)
@@ -281,8 +289,8 @@ class Interpreter:
         depth = await adapter.depth(self._stage.name(TOPIC), state.group.name)
         return (depth.ready or 0) + (depth.in_flight or 0) + (depth.delayed or 0)
 
-    async def _dead(self, state: GroupState) -> list[tuple[int, tuple[str, int, int]]]:
-        """Its dead letters: message, and reason, attempts, redrives."""
+    async def _dead(self, state: GroupState) -> list[Letter]:
+        """Its dead letters."""
         try:
             letters = [letter async for letter in self._publisher.dead_letters(TOPIC, group=state.group.name).list()]
         except UnsupportedFeature:  # it cannot be looked at without taking it
@@ -311,7 +319,7 @@ class Interpreter:
                     order[key].setdefault(n)
         dead: defaultdict[int, list[tuple[str, int, int]]] = defaultdict(list)
         if state.declared:
-            for n, letter in await self._dead(state):
+            for n, letter in self._letters[state.index]:
                 if n not in unsure:
                     dead[n].append((*letter[:2], -1) if repeats else letter)
         return GroupTrace(

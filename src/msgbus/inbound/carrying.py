@@ -44,7 +44,7 @@ class Carrier:
 
     async def carry_out(self, job: Job, outcome: Outcome) -> None:
         """The one place where an outcome becomes what the broker is told."""
-        self._unstick(job)
+        job.outcome = None  # among the stuck it stays, and intake with it, until it is settled
         match outcome:
             case Done():
                 self._hand.counts["done"] += 1
@@ -86,6 +86,7 @@ class Carrier:
         if self._hand.draining:  # an ordered group: it goes back with its successors when the receiver closes
             self._hand.finish(job, ack=False)
             return
+        self._hand.stuck.discard(job)
         job.tries += 1
         job.waited += delay
         job.attempt = runs + 1
@@ -150,25 +151,25 @@ class Carrier:
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
         return False
 
-    def _unstick(self, job: Job) -> None:
-        self._hand.stuck.discard(job)
-        job.outcome = None
-
     # ------------------------------------------------------------ back
 
     async def release(self, job: Job) -> None:
-        """Back to the group, as if it had not been handed out."""
+        """Back to the group, as if it had not been handed out. For a worker: another one goes on meanwhile."""
+        self._hand.pauses()
+        try:
+            await self.put_back(job)
+        finally:
+            self._hand.resumes()
+
+    async def put_back(self, job: Job) -> None:
+        """As `release`, for those who are no workers."""
         hand = self._hand
         hand.counts["released"] += 1
-        self._unstick(job)
-        hand.pauses()
-        try:
-            with hand.leaves(job):
-                for source, received in [(job.source, job.received), *(job.twins or ())]:
-                    if not received.tenure.lost:
-                        await self.bounded(source.receiver.release(received))
-        finally:
-            hand.resumes()
+        job.outcome = None
+        with hand.leaves(job):
+            for source, received in [(job.source, job.received), *(job.twins or ())]:
+                if not received.tenure.lost:
+                    await self.bounded(source.receiver.release(received))
         for source, _ in job.twins or ():
             source.held -= 1
         job.twins = None
@@ -197,22 +198,16 @@ class Carrier:
 
     async def _return(self, jobs: Sequence[Job]) -> None:
         hand = self._hand
-        hand.awake += 1  # `release` takes its caller, here a chore, for a worker that was awake
-        try:
-            for job in jobs:
-                hand.cancel_wait(job)
-                if job.outcome is None and job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts
-                    copying = self._settler.retry(
-                        job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=job.failed_at
-                    )
-                    with hand.leaves(job):
-                        problem = await copying
-                    if problem is None:
-                        hand.finish(job, ack=False)
-                        continue
-                await self.release(job)
-        finally:
-            hand.awake -= 1
+        for job in jobs:
+            hand.cancel_wait(job)
+            if job.outcome is None and job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts
+                copying = self._settler.retry(job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=job.failed_at)
+                with hand.leaves(job):
+                    problem = await copying
+                if problem is None:
+                    hand.finish(job, ack=False)
+                    continue
+            await self.put_back(job)
 
     async def bounded(self, call: Coroutine[Any, Any, None]) -> None:
         """An adapter's call that must not hold up a shutdown; what goes wrong is only logged: the broker gives back by itself."""

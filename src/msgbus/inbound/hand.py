@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 
@@ -47,6 +48,7 @@ class Hand:
         """Set, where there is one, whenever nothing runs."""
         self.awake = 0
         """Workers that will look at what is ready before they wait."""
+        self._window = plan.window
         self._half = max(2, (plan.window + 1) // 2)
         self._loop = asyncio.get_running_loop()
         self._suspects = suspects
@@ -54,6 +56,7 @@ class Hand:
         self._due_while_closed = due_while_closed
         self._jobs: dict[str, Job] = {}
         self._idlers: deque[asyncio.Future[bool]] = deque()
+        self._gathering: set[asyncio.Future[bool]] = set()
 
     # ------------------------------------------------------------ coming in
 
@@ -92,6 +95,26 @@ class Hand:
         deaths = self._suspects.deaths(received)
         return Dead("poison", f"{deaths} processes died while they held it") if deaths >= self._max_deliveries else None
 
+    def take_draining(self) -> list[Job]:
+        """Out of what is ready, what others of the group wait for."""
+        ready = self.ready.take_all()
+        for job in ready:
+            if not job.received.tenure.draining:
+                job.source.ready.append(job)
+        return [job for job in ready if job.received.tenure.draining]
+
+    def expired(self, job: Job) -> bool:
+        """Whether it expired while it was in hand, and is settled by that. One that ran before is to be a dead letter instead."""
+        expires_at = job.envelope.expires_at
+        if expires_at is None or job.outcome is not None or expires_at > time.time():
+            return False
+        if job.attempt > 1:
+            job.outcome = Dead("expired", "it expired before its next run")
+            return False
+        self.counts["expired"] += 1
+        self.finish(job, ack=True)
+        return True
+
     def put(self, job: Job) -> None:
         """It may start as soon as a slot is free."""
         job.source.ready.append(job)
@@ -108,6 +131,7 @@ class Hand:
         envelope = job.envelope
         if self._jobs.get(envelope.id) is job:  # else what it left behind has come back
             del self._jobs[envelope.id]
+        self.stuck.discard(job)
         source.held -= 1
         if job.twins is not None:
             for twin_source, received in job.twins:
@@ -115,6 +139,9 @@ class Hand:
                 twin_source.held -= 1
         if self.lanes is not None and envelope.key is not None:
             following = self.lanes.leave(envelope.key)
+            while following is not None and following.received.tenure.lost:  # it must come again behind what comes again before it
+                self._drop(following)
+                following = self.lanes.leave(envelope.key)
             if following is not None:
                 self.put(following)
         room = source.room
@@ -129,6 +156,13 @@ class Hand:
             yield
         finally:
             self._leaving.discard(job)
+
+    def _drop(self, job: Job) -> None:
+        """Its receiver is gone: it comes again."""
+        self._jobs.pop(job.envelope.id, None)
+        for source, _ in [(job.source, job.received), *(job.twins or ())]:
+            source.held -= 1
+        self.counts["released"] += 1
 
     def all(self) -> list[Job]:
         """Everything in hand, oldest first."""
@@ -155,6 +189,11 @@ class Hand:
     def full_of_waiting(self) -> bool:
         """So much waits for its next run, or cannot be settled, that nothing new should be taken."""
         return bool(self.stuck) or len(self.waiting) >= self._half
+
+    @property
+    def blocked(self) -> bool:
+        """The window is full, and all of it waits: what failed for its next run, the rest behind it in the lanes of its keys."""
+        return bool(self.waiting) and not self.running and not self.ready and len(self._jobs) >= self._window
 
     def wait(self, job: Job, delay: float) -> None:
         """It keeps its place in the window, and its lane, and is ready again after `delay` seconds."""
@@ -189,13 +228,21 @@ class Hand:
         self.awake -= 1
         future: asyncio.Future[bool] = self._loop.create_future()
         self._idlers.appendleft(future)
+        self._gathering.add(future)
         timer = self._loop.call_at(deadline, resolve, future, False)
         try:
             counted = await future
         finally:
             timer.cancel()
+            self._gathering.discard(future)
         if not counted:
             self.awake += 1
+
+    def stop_starting(self) -> None:
+        """Nothing may start just now: who still waits for more members of a batch need not."""
+        self.limit = 0
+        for future in self._gathering:
+            resolve(future, False)
 
     def wake(self) -> None:
         """One worker that has nothing to do looks at what is ready."""

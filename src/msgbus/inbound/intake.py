@@ -107,6 +107,9 @@ class Intake:
             if not self._takes(source, room):
                 await self._wait_for_room(source)
                 self._hurry_what_others_wait_for()
+                while not hand.limit and (jobs := hand.take_draining()):  # paused: what is ready must not hold it up either
+                    for job in jobs:
+                        await self._carrier.put_back(job)
                 continue
             batch = await source.receiver.receive(min(room, hand.limit) if hand.limit < self._plan.concurrency else room, POLL)
             if self._suspects.turn(source, self._sources, batch):
@@ -124,7 +127,12 @@ class Intake:
     def _takes(self, source: Source, room: int) -> bool:
         """Whether to fetch now: half a window at once, or anything when nothing is ready."""
         hand = self._hand
-        return room > 0 and hand.limit > 0 and (room * 2 >= source.window or not hand.ready) and not (hand.waiting and hand.full_of_waiting)
+        return (
+            room > 0
+            and hand.limit > 0
+            and (room * 2 >= source.window or not hand.ready)
+            and not ((hand.waiting or hand.stuck) and hand.full_of_waiting)
+        )
 
     async def _wait_for_room(self, source: Source) -> None:
         source.room = self._loop.create_future()

@@ -71,5 +71,7 @@ class ByWeight(Generic[T]):
 
 
 def share_of_window(level: Priority, window: int) -> int:
-    """How much of a subscription's window one level may hold un-settled."""
-    return max(1, round(window * WEIGHTS[level] / sum(WEIGHTS.values())))
+    """How much of a subscription's window one level may hold un-settled: by weight, at least one; together no more than it, from 3 on."""
+    total = sum(WEIGHTS.values())
+    normal, low = (max(1, window * WEIGHTS[other] // total) for other in ("normal", "low"))
+    return {"high": max(1, window - normal - low), "normal": normal, "low": low}[level]

@@ -11,6 +11,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,8 +117,8 @@ class Runner:
 
     @property
     def intake_stopped(self) -> bool:
-        """So much waits for its next run, or cannot be settled, that nothing new is taken."""
-        return self._hand.full_of_waiting
+        """So much waits for its next run, or behind such a message of its key, or cannot be settled, that nothing new is taken."""
+        return self._hand.full_of_waiting or self._hand.blocked
 
     def pause(self) -> None:
         """Starts nothing more; gives back what is not started, where the group has no order. Twice is once."""
@@ -222,7 +223,7 @@ class Runner:
         """Intake ends, what is not started goes back, what runs may finish; then it is cancelled and goes back too."""
         self._state = "draining"
         self._hand.draining = True
-        self._hand.limit = 0
+        self._hand.stop_starting()
         deadline = self._loop.time() + (0 if self._cutting or self._crash is not None else self._limits.drain_timeout)
         try:
             async with asyncio.timeout_at(deadline):
@@ -236,7 +237,7 @@ class Runner:
 
     async def _settle_down(self) -> None:
         """Before receivers are opened in another way: nothing runs and nothing is held. A stop ends the waiting."""
-        self._hand.limit = 0
+        self._hand.stop_starting()
         await self._carrier.give_back(everything=True)
         while self._hand.running and not self._stopped():
             try:
@@ -277,6 +278,8 @@ class Runner:
 
     async def _work(self) -> None:
         hand = self._hand
+        task = asyncio.current_task()
+        assert task is not None  # we are one
         while not self._cutting:
             if hand.running >= hand.limit or not hand.ready:
                 await hand.idle()
@@ -286,16 +289,21 @@ class Runner:
             if tenure.lost or tenure.draining:
                 await self._carrier.release(job)
                 continue
+            if job.envelope.expires_at is not None and hand.expired(job):
+                continue
             hand.running += 1
             try:
                 if job.outcome is not None:
                     await self._carrier.carry_out(job, job.outcome)
                 elif self.plan.batch is not None:
-                    await self._run_batch(await self._gather(job))
+                    if jobs := await self._gather(job):
+                        await self._run_batch(jobs)
                 else:
                     await self._run_one(job)
             finally:
                 hand.leave_slot()
+            if task.cancelling() and not self._cutting:
+                await _forget_cancelling(task)
 
     async def _run_one(self, job: Job) -> None:
         hand = self._hand
@@ -341,7 +349,26 @@ class Runner:
                 await self._carrier.carry_out(job, job.outcome)
             else:
                 jobs.append(job)
-        return jobs
+        return await self._startable(jobs)
+
+    async def _startable(self, jobs: list[Job]) -> list[Job]:
+        """Those that may still be started, after the wait for the others. While nothing may start, they are not."""
+        hand = self._hand
+        found: list[Job] = []
+        for job in jobs:
+            tenure = job.received.tenure
+            if tenure.lost or tenure.draining or (hand.limit == 0 and hand.lanes is None):
+                await self._carrier.release(job)
+            elif not hand.expired(job):
+                found.append(job)
+        if hand.limit == 0:  # an ordered group's stay here, and return in order when its receiver closes
+            for job in reversed(found):
+                job.source.ready.appendleft(job)
+            return []
+        for job in [job for job in found if job.outcome is not None]:
+            found.remove(job)
+            await self._carrier.carry_out(job, job.outcome or DONE)
+        return found
 
     def _cancelled(self, job: Job, error: asyncio.CancelledError) -> Outcome:
         """Cancelled by us: back it goes, uncounted. By anyone else: a failure like any other, and this worker lives on."""
@@ -398,7 +425,7 @@ class Runner:
         """Works out how many may run now, and wakes who may go on."""
         hand = self._hand
         if self._stopped() or self._paused or self._breaker.state == "open":
-            hand.limit = 0
+            hand.stop_starting()
             if not self._stopped() and hand.lanes is None:
                 self._spawn(self._carrier.give_back(everything=False))
             return
@@ -411,3 +438,11 @@ class Runner:
         task = self._loop.create_task(chore, name=f"msgbus {self.plan.name} chore")
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
+
+
+async def _forget_cancelling(task: asyncio.Task[Any]) -> None:
+    """A handler cancelled the task it ran in, and ended before that came through: neither the worker nor the next message is to suffer."""
+    while task.cancelling():
+        task.uncancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)

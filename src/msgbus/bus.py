@@ -367,7 +367,7 @@ class Bus(Router, Publishes):
 
 async def _broadcasts_open(runners: Iterable[Runner], stopping: asyncio.Event, timeout: float) -> None:
     """A broadcast gets what is published from now on: now, its receivers are open. Or the broker is away, and health says so."""
-    pending = [asyncio.create_task(runner.opened.wait()) for runner in runners if runner.plan.group is None]
+    pending: list[asyncio.Task[Any]] = [asyncio.create_task(runner.opened.wait()) for runner in runners if runner.plan.group is None]
     if not pending:
         return
     stopped = asyncio.create_task(stopping.wait())

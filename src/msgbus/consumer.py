@@ -189,8 +189,8 @@ class Consumer(Generic[M_co]):
                     await self._turn.acquire()
             except TimeoutError:
                 return []
+            remaining = _POLL if deadline is None else max(0.0, min(_POLL, deadline - loop.time()))
             try:
-                remaining = _POLL if deadline is None else max(0.0, min(_POLL, deadline - loop.time()))
                 batch = await (await self._opened()).receive(limit, remaining)
             except BrokerError as error:
                 if not error.retryable:

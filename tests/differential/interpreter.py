@@ -209,8 +209,9 @@ class Interpreter:
                 if self._processes[group] and not self._problems:
                     may_go = sum(redrives < MAX_REDRIVES for _, (_, _, redrives) in self._letters[group])
                     dead = self._publisher.dead_letters(TOPIC, group=self._program.groups[group].name)
-                    if await dead.redrive(limit=may_go) != may_go:
-                        self._problems.append(f"fewer than the {may_go} dead letters were redriven")
+                    sent = await dead.redrive(limit=may_go)
+                    if sent != may_go:
+                        self._problems.append(f"{sent} dead letters of {may_go} were redriven")
         self._model.step(step)
         if isinstance(step, Settle):
             await self._settle()

@@ -26,7 +26,7 @@ from msgbus.contract.envelope import (
     parse_utc,
 )
 from msgbus.contract.outcome import Reason
-from msgbus.errors import ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
+from msgbus.errors import ConfigurationError, MsgbusError, NotFound, TopologyMismatch, UnsupportedFeature
 from msgbus.middleware.idempotency import TTL
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ MAX_REDRIVES = 3
 """What came back so often is refused without `force`."""
 _WINDOW = 10_000
 _SETTLED_BY = 1.0
-"""Seconds without a message after which a destination counts as read to its end."""
+"""Seconds without a message after which a destination counts as read to its end, if its depth says so too."""
+_PATIENCE = 15.0
+"""Seconds without a message after which it does in any case: others may hold what is left."""
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -119,7 +121,8 @@ class DeadLetters:
         """Sends them back to the group they came from, with attempts counted anew; returns how many (or, `dry_run`, would be).
 
         The copy is confirmed before the dead letter is settled, so it may be interrupted at any message: nothing is lost. It keeps its
-        id: an idempotency store decides whether the effect has happened. Stops at the first that cannot be sent and raises its error.
+        id: an idempotency store decides whether the effect has happened. Stops at the first that cannot be sent and raises its error;
+        also, with `MsgbusError`, after 10,000 in a row that `where` leaves.
         `rate`: at most so many a second. Left where they are, unless `force`: what was redriven 3 times, what is older than a store
         remembers, and what has expired (with `force` it goes without its expiry).
         """
@@ -197,21 +200,36 @@ class DeadLetters:
 
         runtime = await self._declared()
         receiver = await runtime.adapter.open_receiver(dead_receiver(runtime.namespace + self._topic, self._group, _WINDOW))
-        given = 0
+        given = left = 0
+        silent = 0.0
         try:
             while limit is None or given < limit:
                 room = 100 if limit is None else min(100, limit - given)
                 batch = await receiver.receive(room, _SETTLED_BY)
                 if not batch:
-                    return
+                    if left >= _WINDOW:
+                        raise MsgbusError(f"{left} dead letters that were not chosen lie before the rest, and no more can be looked at")
+                    silent += _SETTLED_BY
+                    if silent >= _PATIENCE or await self._nothing_waits(runtime):
+                        return
+                    continue
+                silent = 0.0
                 for received in batch:
                     letter = read_dead_letter(received.envelope)
                     if chosen(letter, received.envelope):
                         given += 1
                         yield receiver, received
+                    else:
+                        left += 1
         finally:
             async with asyncio.timeout(runtime.close_timeout):
                 await receiver.close()
+
+    async def _nothing_waits(self, runtime: Runtime) -> bool:
+        """Whether the destination is read to its end, as far as the broker can say: a receiver may take its time to begin."""
+        if not isinstance(runtime.adapter, HasDepth):
+            return True
+        return not (await runtime.adapter.depth(self._name(runtime), DEAD_GROUP)).ready
 
     def _back(self, runtime: Runtime, dead: Envelope) -> Envelope:
         """The message as it was, for its group alone, with its attempts forgotten."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from tenacity import wait_fixed
 
 from msgbus import Batch, Bus, Retry, Topic
-from msgbus.contract.adapter import HasDepth, Received, SendOutcome
+from msgbus.contract.adapter import AdapterSettings, HasDepth, Received, SendOutcome
 from msgbus.contract.envelope import PRIORITIES, Envelope
 from msgbus.errors import BrokerUnavailable, PublishRejected
 from msgbus.inbound.ready import share_of_window
@@ -271,3 +271,50 @@ def test_the_levels_share_the_window_and_no_more(window: int) -> None:
     shares = [share_of_window(level, window) for level in PRIORITIES]
     assert sum(shares) == window
     assert min(shares) >= 1
+
+
+async def test_a_level_alone_uses_all_slots() -> None:
+    """Shares are what a level is sure of, not a bound: where only low messages come, as many run at once as without priorities."""
+    mails = Topic("mails", int, priorities=True)
+    bus = Bus("memory://", service="post")
+    running: set[int] = set()
+    full, go_on = asyncio.Event(), asyncio.Event()
+
+    @bus.subscribe(mails, concurrency=16)
+    async def send(mail: int) -> None:
+        running.add(mail)
+        if len(running) == 16:
+            full.set()
+        await go_on.wait()
+
+    async with bus.running():
+        await bus.publish_many(mails, range(100), priority="low")
+        async with asyncio.timeout(5):
+            await full.wait()
+        await bus.publish(mails, 1000, priority="high")
+        go_on.set()
+        await eventually(lambda: 1000 in running)
+
+
+@pytest.mark.parametrize("window", [3, 4, 7, 32])
+async def test_levels_together_never_hold_more_than_the_window(window: int) -> None:
+    """Whatever comes on which level, the messages handed out and not settled are at most the window, and every one is handled."""
+    mails = Topic("mails", int, priorities=True)
+    adapter = FaultyAdapter(MemoryAdapter.from_url("memory://", {}, AdapterSettings()))
+    bus = Bus(adapter=adapter, service="post")
+    most = 0
+    seen: set[int] = set()
+
+    @bus.subscribe(mails, concurrency=min(window, 4), window=window)
+    async def send(mail: int) -> None:
+        nonlocal most
+        held = sum(len(receiver.received) - len(receiver.acked) for receiver in adapter.receivers)
+        most = max(most, held)
+        await asyncio.sleep(0)
+        seen.add(mail)
+
+    async with bus.running():
+        for number in range(300):
+            await bus.publish(mails, number, priority=("low", "low", "low", "normal", "high")[number * 7 % 5])
+        await eventually(lambda: len(seen) == 300, what="all of them")
+    assert 0 < most <= window

@@ -145,8 +145,11 @@ class Hand:
             if following is not None:
                 self.put(following)
         room = source.room
-        if room is not None and (source.held * 2 <= source.window or not self.ready) and not room.done():
+        if room is not None and (source.held * 2 <= source.window or not source.ready) and not room.done():
             room.set_result(True)
+        for sibling in source.siblings:  # the place may be lent to another level
+            if sibling.room is not None:
+                resolve(sibling.room, True)
 
     @contextlib.contextmanager
     def leaves(self, job: Job) -> Generator[None, None, None]:

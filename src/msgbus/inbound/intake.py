@@ -46,19 +46,22 @@ class Intake:
         """A receiver a level. Raises `BrokerError`; what was opened by then is closed by `close`."""
         plan, quarantine = self._plan, self._suspects.quarantine
         levels = PRIORITIES if plan.topic.priorities else ("normal",)
+        most = 1 if quarantine else plan.window - len(levels) + 1  # a place is kept for each other level
         for level in levels:
-            window = 1 if quarantine else plan.window if len(levels) == 1 else share_of_window(level, plan.window)
+            share = most if len(levels) == 1 or quarantine else share_of_window(level, plan.window)
             spec = ReceiverSpec(
                 topic=plan.physical,
                 group=plan.group,
-                window=window,
+                window=most,
                 priority=level,
                 start=plan.start,
                 exclusive=plan.exclusive and Capability.SHARDS in self._adapter.capabilities,
                 quarantine=quarantine,
             )
             receiver = await self._adapter.open_receiver(spec)
-            self._sources.append(Source(receiver, level, window, self._hand.ready.level(level)))
+            self._sources.append(Source(receiver, level, most, share, self._hand.ready.level(level)))
+        for place, source in enumerate(self._sources):
+            source.siblings = (*self._sources[place + 1 :], *self._sources[:place])
 
     async def run_until(self, stopping: asyncio.Event) -> BrokerError | None:
         """Fills the window until `stopping`, or until the receivers must be opened in another way (None), or the link is lost (why)."""
@@ -103,7 +106,7 @@ class Intake:
     async def _pump(self, source: Source) -> None:
         hand = self._hand
         while True:
-            room = source.window - source.held
+            room = self._room(source)
             if not self._takes(source, room):
                 await self._wait_for_room(source)
                 self._hurry_what_others_wait_for()
@@ -111,7 +114,12 @@ class Intake:
                     for job in jobs:
                         await self._carrier.put_back(job)
                 continue
-            batch = await source.receiver.receive(min(room, hand.limit) if hand.limit < self._plan.concurrency else room, POLL)
+            source.asked = min(room, hand.limit) if hand.limit < self._plan.concurrency else room
+            try:
+                batch = await source.receiver.receive(source.asked, POLL)
+            finally:
+                source.asked = 0
+            source.active = bool(batch)
             if self._suspects.turn(source, self._sources, batch):
                 log.warning("%s: %s", self._plan.name, _TURNS[self._suspects.quarantine])
                 if hand.lanes is None:  # an ordered group's batch goes back in order when its receiver closes
@@ -123,16 +131,35 @@ class Intake:
             self._hurry_what_others_wait_for()
             if batch:
                 self._after_batch()
+            elif source.siblings:
+                await self._let_siblings_look(source)
 
     def _takes(self, source: Source, room: int) -> bool:
-        """Whether to fetch now: half a window at once, or anything when nothing is ready."""
+        """Whether to fetch now: half its share at once, or anything when nothing of it is ready."""
         hand = self._hand
         return (
             room > 0
             and hand.limit > 0
-            and (room * 2 >= source.window or not hand.ready)
+            and (room * 2 >= source.share or not source.ready)
             and not ((hand.waiting or hand.stuck) and hand.full_of_waiting)
         )
+
+    def _room(self, source: Source) -> int:
+        """How many more it may hold. A level without messages lends its share of the window, less one place, to those that have some."""
+        if not source.siblings:
+            return source.window - source.held
+        held = source.held + sum(other.held for other in source.siblings)
+        if self._suspects.quarantine:
+            return 0 if held or any(other.asked for other in source.siblings) else 1
+        room = self._plan.window - held - sum(_kept_for(other) for other in source.siblings)
+        return room if source.active else min(room, 1)
+
+    async def _let_siblings_look(self, source: Source) -> None:
+        """It has nothing: the places that it asked for are another level's, the next one's first."""
+        for other in source.siblings:
+            if other.room is not None:
+                resolve(other.room, True)
+        await asyncio.sleep(0)
 
     async def _wait_for_room(self, source: Source) -> None:
         source.room = self._loop.create_future()
@@ -147,6 +174,11 @@ class Intake:
         """A retry that waits here must not hold up the hand-over of its shard."""
         for job in [job for job in self._hand.waiting if job.received.tenure.draining]:
             self._hand.due(job)
+
+
+def _kept_for(source: Source) -> int:
+    """Places of the window that other levels must leave to this one."""
+    return max(source.asked, (source.share if source.active else 1) - source.held, 0)
 
 
 _TURNS = {

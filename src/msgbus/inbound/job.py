@@ -13,14 +13,23 @@ from msgbus.contract.outcome import Outcome
 class Source:
     """An open receiver of a subscription, one a priority level, and how much of its window is taken."""
 
-    __slots__ = ("calm", "held", "level", "ready", "receiver", "room", "window")
+    __slots__ = ("active", "asked", "calm", "held", "level", "ready", "receiver", "room", "share", "siblings", "window")
 
-    def __init__(self, receiver: Receiver, level: Priority, window: int, ready: deque[Job]) -> None:
+    def __init__(self, receiver: Receiver, level: Priority, window: int, share: int, ready: deque[Job]) -> None:
         self.receiver = receiver
         self.level: Priority = level
         self.ready = ready
         """Where its jobs wait for a free slot."""
         self.window = window
+        """The most it may hold un-settled, when no other level has anything."""
+        self.share = share
+        """What it may hold while every level has something."""
+        self.siblings: tuple[Source, ...] = ()
+        """The sources of the other levels, the next one first."""
+        self.asked = 0
+        """Messages that a receive which is under way may bring."""
+        self.active = False
+        """Its last receive brought something."""
         self.held = 0
         """Messages handed out by it and not settled."""
         self.room: asyncio.Future[bool] | None = None

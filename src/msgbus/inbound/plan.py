@@ -9,7 +9,7 @@ from typing import Any, Literal
 from msgbus.batch import Batch
 from msgbus.codecs import codec_for
 from msgbus.contract.adapter import Adapter, Capability, ReceiverSpec
-from msgbus.contract.envelope import check_group, check_topic
+from msgbus.contract.envelope import PRIORITIES, check_group, check_topic
 from msgbus.contract.idempotency import IdempotencyStore
 from msgbus.errors import ConfigurationError, InvalidName, UnsupportedFeature
 from msgbus.inbound.subscription import Signature, Subscription, bind
@@ -111,7 +111,10 @@ def _plan(subscription: Subscription, topics: Mapping[str, Topic[Any]], defaults
             raise ConfigurationError(f"{place}: topic {carried.name!r}: {error}") from error
     concurrency = options.concurrency or defaults.concurrency
     size = options.batch.size if options.batch is not None else 1
-    window = options.window or 2 * concurrency * size
+    levels = len(PRIORITIES) if topic.priorities else 1
+    window = options.window or max(levels, 2 * concurrency * size)
+    if window < levels:
+        raise ConfigurationError(f"{place}: window ({window}) on a topic with priorities: at least {levels}, one a level")
     if window < concurrency * size:
         what = f"concurrency ({concurrency})" if size == 1 else f"concurrency × batch size ({concurrency} × {size})"
         raise ConfigurationError(f"{place}: window ({window}) is what runs and what waits: at least {what}")

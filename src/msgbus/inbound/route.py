@@ -25,6 +25,9 @@ M = TypeVar("M")
 
 Invoke = Callable[[Context], Awaitable[Outcome]]
 
+EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
+"""What ends the process, or the run, by another's will: no failure of the handler. Any other error of it is one."""
+
 
 class Route(Generic[M]):
     """A plan at work. Used by one event loop at a time."""
@@ -64,7 +67,9 @@ class Route(Generic[M]):
             else:
                 context = self._context(job)
             outcome = await self._chain(context)
-        except Exception as error:
+        except EXITS:
+            raise
+        except BaseException as error:
             return self.failed(job, error)
         if self._has_middleware:
             return self._checked(job, outcome)

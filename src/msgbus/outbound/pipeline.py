@@ -22,6 +22,8 @@ log = logging.getLogger("msgbus")
 
 MAX_BATCH = 500
 """Messages in one `Adapter.send`."""
+MAX_SPREAD = 0.1
+"""How far apart the deadlines of one batch may be, as a part of `publish_timeout`: a batch has its oldest member's."""
 GRACE = 1.0
 """Seconds that an adapter may be late with its outcomes before the core answers in its place."""
 
@@ -109,6 +111,10 @@ class Pipeline:
                     continue
                 if entry.deadline <= now:
                     entry.outcome.set_result(BrokerUnavailable(f"nothing could be sent to {topic!r} for {self.publish_timeout:g} s"))
+                elif sendable and entry.deadline > sendable[0].deadline + self.publish_timeout * MAX_SPREAD:
+                    waiting.insert(0, entry)  # those after it too, for deadlines grow: the next batch has time that suits them
+                    waiting[1:1] = batch[batch.index(entry) + 1 :]
+                    break
                 else:
                     sendable.append(entry)
             if not sendable:

@@ -564,7 +564,7 @@ async def resets_and_drains_are_not_deaths(stage: Stage) -> None:
         await runs.wait_for(times, 15)
         await worker.stop()
         worker = await stage.start(consuming(stage.new_adapter()))
-        await eventually(lambda: state_of(worker.bus).state == "running", 5, "work as before")
+        await eventually(lambda bus=worker.bus: state_of(bus).state == "running", 5, "work as before")  # type: ignore[misc]  # a default binds it
     await runs.wait_for(8)
     goes_on.set()
     await eventually(lambda: counted(worker.bus, "done") == 1)

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from redis import exceptions as client
 
@@ -51,9 +51,7 @@ class RedisAdapter(Adapter):
     schemes: ClassVar[tuple[str, ...]] = ("redis", "rediss", "redis+sentinel", "redis+cluster")
     name: ClassVar[str] = "redis"
 
-    def __init__(
-        self, place: Place, settings: AdapterSettings | None = None, *, max_body: int = MAX_BODY, replicas: int = 1
-    ) -> None:
+    def __init__(self, place: Place, settings: AdapterSettings | None = None, *, max_body: int = MAX_BODY, replicas: int = 1) -> None:
         self._place = place
         self._settings = settings or AdapterSettings()
         self._max_body = max_body
@@ -198,7 +196,9 @@ class RedisAdapter(Adapter):
         named = {spec.name for spec in topics}
         for receiver in receivers:
             layout = (
-                await self._layout(receiver.topic) if receiver.topic in named else await self._declare_topic(TopicSpec(receiver.topic), create)
+                await self._layout(receiver.topic)
+                if receiver.topic in named
+                else await self._declare_topic(TopicSpec(receiver.topic), create)
             )
             if receiver.group is not None:
                 await self._declare_group(layout, receiver.group, receiver.start, create)
@@ -362,7 +362,9 @@ class RedisAdapter(Adapter):
     async def purge(self, topic: str, group: str) -> int:
         """Discards what is ready; what is delayed or handed out stays. `NotFound`: there is no such group."""
         layout = await self._there(topic, group)
-        (answer,) = await self._open.run(layout.base, script(scripts.PURGE, self._streams(layout, group), [group]), what=f"purging {topic!r}")
+        (answer,) = await self._open.run(
+            layout.base, script(scripts.PURGE, self._streams(layout, group), [group]), what=f"purging {topic!r}"
+        )
         if answer < 0:
             raise self._no_group(topic, group)
         return int(answer)
@@ -451,10 +453,10 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def _durability(text: str) -> Literal["broker", "fsync", "replicated"]:
+def _durability(text: str) -> str:
     if text not in ("broker", "fsync", "replicated"):
         raise ValueError("expected broker, fsync or replicated")
-    return cast(Literal["broker", "fsync", "replicated"], text)
+    return text
 
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
@@ -472,4 +474,3 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "ssl_keyfile": str,
     "tls": _boolean,
 }
-

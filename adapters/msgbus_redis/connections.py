@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from redis import exceptions as client
@@ -101,7 +101,7 @@ class Link:
 
     async def prepare(self) -> None:
         """Connects, and makes every script known. Raises the client's errors."""
-        await self.connection.connect()
+        await self.connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here
         replies = await self.call([("CLIENT", "ID"), *(("SCRIPT", "LOAD", source) for source in ALL)], CALL_TIMEOUT)
         self.id = replies[0] if isinstance(replies[0], int) else 0
         for reply in replies[1:]:
@@ -157,9 +157,12 @@ class Link:
 
     def abort(self) -> None:
         """Ends it at once, without a word."""
-        writer = getattr(self.connection, "_writer", None)  # redis-py closes politely only: it would wait for a peer that is away
+        # redis-py ends a connection politely, and by a coroutine: it would wait for a peer that is away.
+        writer = getattr(self.connection, "_writer", None)
         if writer is not None:
             writer.transport.abort()
+            for name in ("_writer", "_reader"):
+                setattr(self.connection, name, None)
 
     async def close(self) -> None:
         """Ends it, bounded in time."""
@@ -188,8 +191,7 @@ class Links:
 
     async def link(self, key: str) -> Link:
         """A new connection to the server that has a key. `BrokerUnavailable`, `AuthenticationFailed`."""
-        if self.closed:
-            raise BrokerUnavailable("the Redis adapter is not open")
+        self._check()
         address: Address | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -207,9 +209,11 @@ class Links:
             self._slots.clear()
             where = self.place if address is None else f"{address[0]}:{address[1]}"
             raise call_error(error, f"no connection to Redis at {where}") from error
-        if self.closed:
+        try:
+            self._check()  # it took a while
+        except BrokerUnavailable:
             self.drop(link)
-            raise BrokerUnavailable("the Redis adapter is not open")
+            raise
         return link
 
     async def call(self, key: str, *commands: Command, timeout: float = CALL_TIMEOUT) -> list[Any]:
@@ -266,9 +270,12 @@ class Links:
 
     # ------------------------------------------------------------ inside
 
-    async def _borrow(self, key: str, timeout: float) -> Link:
+    def _check(self) -> None:
         if self.closed:
             raise BrokerUnavailable("the Redis adapter is not open")
+
+    async def _borrow(self, key: str, timeout: float) -> Link:
+        self._check()
         address = self.place.addresses[0] if self.place.scheme in ("redis", "rediss") else await self._known(key)
         idle = self._idle.get(address) if address is not None else None
         while idle:
@@ -323,9 +330,9 @@ class Links:
         for address in self.place.addresses:
             connection = self._connection(address, sentinel=sentinel)
             try:
-                await connection.connect()
+                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here
                 await connection.send_command(*command)
-                answer: Any = await connection.read_response()
+                answer = cast(Any, await connection.read_response())  # Any: what the server says
                 if sentinel and answer:
                     return answer[0].decode(), int(answer[1])
                 if not sentinel:

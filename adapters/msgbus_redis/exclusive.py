@@ -33,7 +33,7 @@ class Shard:
         self.inherited = inherited
         self.tenure = Tenure()
         self.handing_over = False
-        self.walks: list[bytes | str] = ["-", "-"]
+        self.walks: list[bytes] = [b"-", b"-"]
         self.last: list[bytes] = [b"$", b"$"]
         self.renewed = now
         self.back: list[Entry] = []
@@ -191,7 +191,7 @@ class ExclusiveReceiver(RedisReceiver):
             shard.walks = list(state[:2])
             shard.last = list(state[2:]) or [b"$", b"$"]
         for place, stream, id_, flat, count in entries:
-            shard = shards[place - 1]
+            shard = shards[int(place) - 1]
             number = shard.number + (stream - 1) * len(self.mains)
             if shard.inherited:  # pending entries were gone through again: what is in our hands is among them
                 known = known if known is not None else {(entry.stream, entry.id) for entry in [*self.held, *self.buffer]}
@@ -206,7 +206,7 @@ class ExclusiveReceiver(RedisReceiver):
         """A stream or group had vanished; of the other shards something may have been given and not seen."""
         await self.services.revive(self.layout, self.spec)
         for shard in self.shards.values():
-            shard.walks, shard.inherited = ["-", "-"], True
+            shard.walks, shard.inherited = [b"-", b"-"], True
 
     async def _sleep(self, shards: Sequence[Shard]) -> None:
         """Until something comes, or for a while."""
@@ -222,6 +222,7 @@ class ExclusiveReceiver(RedisReceiver):
     async def _upkeep(self, now: float) -> float:
         self._work.set()
         wait, *_ = await self.links.run(self.base, self.move(), *self.tidy(), what=f"upkeep of {self.spec.topic!r}")
+        await self.see_group()
         return self._rest if wait < 0 else min(self._rest, wait / 1000 + 0.001)
 
     # ------------------------------------------------------------ settling
@@ -272,7 +273,7 @@ class ExclusiveReceiver(RedisReceiver):
         self._tasks.append(self._spawn(self._keep_leases(), "leases"))
 
     async def _keep_leases(self) -> None:
-        while self.problem is None and not self.closed:
+        while self.problem is None and not self.closed:  # until it is cancelled
             arguments = [self.token, "", self.lease_ms, 0, 0]
             council = script(scripts.COUNCIL, [self._members, *self._leases], arguments)
             answer = await self._guarded(self.links.run(self.base, council, what="keeping shards"))
@@ -299,5 +300,3 @@ class ExclusiveReceiver(RedisReceiver):
 def _order(entry: Entry) -> tuple[int, int]:
     milliseconds, _, number = entry.id.partition(b"-")
     return int(milliseconds), int(number)
-
-

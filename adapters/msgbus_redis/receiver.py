@@ -21,7 +21,7 @@ from msgbus.contract.adapter import Received, Receiver, ReceiverSpec, Tenure
 from msgbus.errors import BrokerError, BrokerUnavailable
 from msgbus_redis import names, scripts
 from msgbus_redis.connections import CALL_TIMEOUT, Command, Link, script
-from msgbus_redis.errors import call_error
+from msgbus_redis.errors import call_error, is_group_gone
 from msgbus_redis.names import Layout
 from msgbus_redis.services import Services
 from msgbus_redis.wire import envelope_of
@@ -81,6 +81,7 @@ class RedisReceiver(Receiver):
         """Since the last trim."""
         self._on_close = on_close
         self._demand = 0
+        self._look_at = 0.0
         self._asked_at = time.monotonic()
         self._waiter: asyncio.Future[None] | None = None
         self._work = asyncio.Event()
@@ -89,6 +90,7 @@ class RedisReceiver(Receiver):
         self._loop = asyncio.get_running_loop()
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
+        self._interrupting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -262,18 +264,22 @@ class RedisReceiver(Receiver):
             self._work.set()
             self._tick.set()
 
+    def reads(self) -> bool:
+        """Whether there is anything more to be read."""
+        return not self.draining and self.problem is None
+
     # ------------------------------------------------------------ the tasks
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
         return self._loop.create_task(work, name=f"msgbus redis {self.spec.topic} {self.spec.group} {what}")
 
     async def _read_on_demand(self) -> None:
-        while not self.draining and self.problem is None:
+        while self.reads():
             await self._guarded(self._chores())
             room = min(self._demand, self.window - len(self.held)) - len(self.buffer)
-            if room <= 0 or self.draining or self.problem is not None:
+            if room <= 0 or not self.reads():
                 self._work.clear()
-                if not self.draining and self.problem is None:
+                if self.reads():
                     await self._work.wait()
                 continue
             await self._guarded(self._read(room))
@@ -294,9 +300,11 @@ class RedisReceiver(Receiver):
         return None
 
     async def _keep_up(self) -> None:
-        while self.problem is None:
+        while True:
             wait = await self._guarded(self._upkeep(time.monotonic()))
-            if self.problem is not None:
+            if wait is None:
+                return
+            if self.closed:
                 return
             self._tick.clear()
             with contextlib.suppress(TimeoutError):
@@ -323,7 +331,7 @@ class RedisReceiver(Receiver):
         self._work.set()
         if self._blocked and self.problem is None and not self.closed:
             self._blocked = False
-            self._spawn(self._unblock(), "interrupt")
+            self._interrupting = self._spawn(self._unblock(), "interrupt")
 
     async def _unblock(self) -> None:
         with contextlib.suppress(BrokerError, client.RedisError, OSError, TimeoutError):
@@ -394,6 +402,7 @@ class RedisReceiver(Receiver):
                     await self.flush_acks()
                     await self._leave()
         self.closed = True
+        self._tick.set()
         self.stale_acks += len(self.acks)
         self.acks.clear()
         for entry in [*self.held, *self.buffer]:
@@ -401,10 +410,13 @@ class RedisReceiver(Receiver):
             entry.lost = True
         self.held.clear()
         self.buffer.clear()
-        for task in self._tasks:
+        tasks = [task for task in [*self._tasks, self._interrupting, self._flushing] if task is not None]
+        if tasks and self.problem is None:
+            await asyncio.wait(tasks, timeout=0.5)  # a call that is cut off costs its connection
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
         self.links.drop(self.reader)
         self._on_close(self)
 
@@ -425,8 +437,25 @@ class RedisReceiver(Receiver):
         own = [names.retry(part, group) for part in parts] if group is not None else []
         keys = [names.meta(layout.topic), names.private(layout.topic), *parts, *own]
         retention = settings.dead_letter_retention if layout.kind == "dead" else None
-        arguments = [len(parts), int(settings.first_group_retention * 1000), self.lease_ms, "" if retention is None else int(retention * 1000)]
+        arguments = [
+            len(parts),
+            int(settings.first_group_retention * 1000),
+            self.lease_ms,
+            "" if retention is None else int(retention * 1000),
+        ]
         return [script(scripts.TRIM, keys, arguments)]
+
+    async def see_group(self) -> None:
+        """Who reads is told when the group is gone; who has no room must look. `BrokerUnavailable` where it was dropped."""
+        now = time.monotonic()
+        group = self.spec.group
+        if self._demand and self.window > len(self.held) or now < self._look_at or group is None:
+            return
+        self._look_at = now + 1.0
+        (answer,) = await self.links.call(self.base, ("XINFO", "GROUPS", self.streams[0]))
+        gone = is_group_gone(answer) if isinstance(answer, client.RedisError) else group.encode() not in [flat[1] for flat in answer]
+        if gone:
+            await self.services.revive(self.layout, self.spec)
 
     def move(self) -> Command:
         """Moves what is due to where it is read."""

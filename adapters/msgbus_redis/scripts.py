@@ -102,7 +102,7 @@ if mode == 'check' then
   end
   return {'ok'}
 end
-if mode == 'revive' and not known and meta.declared then return {'dropped'} end
+if mode == 'revive' and meta['d:' .. group] then return {'dropped'} end
 for i = 2, #KEYS do
   local kind = redis.call('TYPE', KEYS[i]).ok
   if kind ~= 'none' and kind ~= 'stream' then return {'kind', KEYS[i], 'stream', kind} end
@@ -120,6 +120,7 @@ for i = 2, #KEYS do
   if done.err and not string.find(done.err, 'BUSYGROUP') then return redis.error_reply(done.err) end
 end
 redis.call('HSET', KEYS[1], 'g:' .. group, '1', 'had', '1')
+redis.call('HDEL', KEYS[1], 'd:' .. group)
 return {'ok'}
 """
 )
@@ -132,6 +133,7 @@ for i = 2, n + 1 do
   if type(done) == 'number' then dropped = dropped + done end
 end
 redis.call('HDEL', KEYS[1], 'g:' .. ARGV[1])
+redis.call('HSET', KEYS[1], 'd:' .. ARGV[1], '1')  -- its receivers must not make it again
 for i = n + 2, #KEYS do redis.call('DEL', KEYS[i]) end
 return dropped
 """

@@ -200,5 +200,3 @@ class Sender:
         if word == b"gone":
             return BrokerUnavailable(f"the delivery of {envelope.id!r} to forward went back to its group before")
         return self._outcome(envelope, word, self._unconfirmed(replies))
-
-

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from redis import exceptions as client
 
 from msgbus.contract.adapter import Received, SendOutcome
 from msgbus.contract.envelope import Envelope
-
 from msgbus_redis import names, scripts
 from msgbus_redis.connections import Command, script
 from msgbus_redis.errors import call_error, is_group_gone
@@ -74,6 +73,8 @@ class SharedReceiver(RedisReceiver):
             if answer is None:
                 return
             self.note_lost(answer[0])
+            if len(answer) > room:
+                self._sweep_at = 0.0  # there may be more
             for number, id_, flat, count in answer[1:]:
                 self.take_in(entry := Entry(number - 1, id_, count, now), flat, entry)
             if self.buffer:
@@ -138,7 +139,8 @@ class SharedReceiver(RedisReceiver):
             if isinstance(reply, client.RedisError) and not is_group_gone(reply):
                 raise call_error(reply, f"upkeep of {self.spec.topic!r}") from reply
         if renewed and isinstance(replies[1], list):
-            self._renewed(renewed, {int(index) for index in replies[1]}, now)
+            self._renewed(renewed, set(cast(list[int], replies[1])), now)
+        await self.see_group()
         wait = replies[0]
         return TICK if not isinstance(wait, int) or wait < 0 else wait / 1000 + 0.001
 
@@ -203,5 +205,3 @@ class SharedReceiver(RedisReceiver):
         commands = [self._held("free", back)] if back else []
         commands.append(script(scripts.QUIT, self.streams, [self.group, self.consumer]))
         await self.links.run(self.base, *commands, what="closing a receiver")
-
-

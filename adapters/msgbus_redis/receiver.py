@@ -449,7 +449,7 @@ class RedisReceiver(Receiver):
         """Who reads is told when the group is gone; who has no room must look. `BrokerUnavailable` where it was dropped."""
         now = time.monotonic()
         group = self.spec.group
-        if self._demand and self.window > len(self.held) or now < self._look_at or group is None:
+        if (self._demand and self.window > len(self.held)) or now < self._look_at or group is None:
             return
         self._look_at = now + 1.0
         (answer,) = await self.links.call(self.base, ("XINFO", "GROUPS", self.streams[0]))

@@ -73,7 +73,7 @@ class SharedReceiver(RedisReceiver):
             if answer is None:
                 return
             self.note_lost(answer[0])
-            if len(answer) > room:
+            if len(answer) > room or answer[0]:
                 self._sweep_at = 0.0  # there may be more
             for number, id_, flat, count in answer[1:]:
                 self.take_in(entry := Entry(number - 1, id_, count, now), flat, entry)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
+import hiredis
 from redis import exceptions as client
 from redis.asyncio import Connection, SSLConnection
 from redis.asyncio.retry import Retry
@@ -30,6 +31,9 @@ MAX_CALLS = 16
 """Connections to one server that calls may use at once, beside one for each receiver."""
 _FRESH = 0.05
 """Seconds for which a connection that was just used is not looked at before it is used again."""
+
+# redis-py's own packing takes a third of a publisher's time. Its stub says a tuple of one.
+_pack = cast(Callable[[tuple[Any, ...]], bytes], hiredis.pack_command)
 
 Command = Sequence[Any]  # Any: str, bytes, int or float
 Address = tuple[str, int]
@@ -115,7 +119,7 @@ class Link:
         connection = self.connection
         try:
             async with asyncio.timeout(timeout):
-                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                await connection.send_packed_command([_pack(tuple(command)) for command in commands], check_health=False)
                 for index in range(len(commands)):
                     try:
                         replies.append(await connection.read_response())
@@ -126,9 +130,8 @@ class Link:
                         replies.append(error)
                 for index in again:
                     source = BY_SHA[commands[index][1]]
-                    await connection.send_packed_command(
-                        connection.pack_commands([("SCRIPT", "LOAD", source), commands[index]]), check_health=False
-                    )
+                    both = [_pack(("SCRIPT", "LOAD", source)), _pack(tuple(commands[index]))]
+                    await connection.send_packed_command(both, check_health=False)
                     await connection.read_response()
                     try:
                         replies[index] = await connection.read_response()

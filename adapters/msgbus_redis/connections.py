@@ -33,7 +33,7 @@ _FRESH = 0.05
 """Seconds for which a connection that was just used is not looked at before it is used again."""
 
 # redis-py's own packing takes a third of a publisher's time. Its stub says a tuple of one.
-_pack = cast(Callable[[tuple[Any, ...]], bytes], hiredis.pack_command)
+_pack = cast(Callable[[tuple[Any, ...]], bytes], hiredis.pack_command)  # pyright: ignore[reportUnknownMemberType]
 
 Command = Sequence[Any]  # Any: str, bytes, int or float
 Address = tuple[str, int]

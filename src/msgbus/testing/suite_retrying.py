@@ -396,13 +396,14 @@ async def redrive_filter_limit_dry_run(stage: Stage) -> None:
     async def left(count: int) -> list[str]:
         return sorted(letter.headers["n"] for letter in await stage.dead_letters(count))
 
-    await stage.start(bus)
+    worker = await stage.start(bus)
     faulty = FaultyAdapter(stage.new_adapter())
     publisher = await stage.entered(
         stage.bus(adapter=faulty, service="publisher", settings=stage.settings(publish_timeout=timedelta(seconds=1)))
     )
     for n in range(6):
         await publisher.publish(ORDERS, Order(n=n), headers={"n": str(n)})
+        await eventually(lambda: counted(worker.bus, "dead") == n + 1, what="one after the other")  # noqa: B023  at once
     assert await left(6) == ["0", "1", "2", "3", "4", "5"]
     mended = True
     letters = publisher.dead_letters(ORDERS, group="suite")

@@ -34,7 +34,7 @@ from msgbus_redis.exclusive import ExclusiveReceiver
 from msgbus_redis.names import Layout
 from msgbus_redis.private import PrivateReceiver
 from msgbus_redis.receiver import RedisReceiver
-from msgbus_redis.sending import SEEN_FOR, Sender
+from msgbus_redis.sending import SEEN_FOR, Sender, trim
 from msgbus_redis.services import Services
 from msgbus_redis.sharing import SharedReceiver
 from msgbus_redis.wire import envelope_of
@@ -122,7 +122,7 @@ class RedisAdapter(Adapter):
             if isinstance(error, client.RedisError | OSError | TimeoutError):
                 raise call_error(error, f"Redis at {self._place}") from error
             raise
-        sender = Sender(links, self._max_body, self._settings.durability, self._replicas)
+        sender = Sender(links, self._settings, self._max_body, self._replicas)
         services = Services(links, sender, self._settings)
         services.lost_tokens = self._tokens
         self._links, self._sender, self._services = links, sender, services
@@ -392,9 +392,7 @@ class RedisAdapter(Adapter):
         own = [names.retry(part, group) for part in parts] + [names.lease(part, group) for part in parts]
         own += [names.members(part, group) for part in parts] + [names.delayed(topic, group)]
         command = script(scripts.DROP_GROUP, [names.meta(topic), *parts, *own], [group, len(parts)])
-        trim = [names.meta(topic), names.private(topic), *parts]
-        arguments = [len(parts), int(self._settings.first_group_retention * 1000), int(self._settings.lease * 1000), ""]
-        dropped, _ = await self._open.run(layout.base, command, script(scripts.TRIM, trim, arguments), what=f"dropping {group!r}")
+        dropped, _ = await self._open.run(layout.base, command, trim(layout, None, self._settings), what=f"dropping {group!r}")
         return bool(dropped)
 
     async def _groups(self, layout: Layout) -> list[str]:

@@ -27,8 +27,8 @@ from msgbus_redis.scripts import ALL, BY_SHA, SHA
 
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 5.0
-MAX_CALLS = 16
-"""Connections to one server that calls may use at once, beside one for each receiver."""
+MAX_SENDS = 16
+"""Sends under way at once."""
 _FRESH = 0.05
 """Seconds for which a connection that was just used is not looked at before it is used again."""
 
@@ -189,7 +189,7 @@ class Links:
         self.closed = False
         self._idle: dict[Address, deque[Link]] = {}
         self._all: set[Link] = set()
-        self._turns = asyncio.Semaphore(MAX_CALLS)
+        self._turns = asyncio.Semaphore(MAX_SENDS)
         self._slots: list[tuple[int, int, Address]] = []
 
     async def link(self, key: str) -> Link:
@@ -219,8 +219,8 @@ class Links:
             raise
         return link
 
-    async def call(self, key: str, *commands: Command, timeout: float = CALL_TIMEOUT) -> list[Any]:
-        """The answers of the server that has a key. `BrokerError`: nothing was written. Else the client's error, or `TimeoutError`."""
+    async def send(self, key: str, *commands: Command, timeout: float) -> list[Any]:
+        """`call` for what may wait long at the server: so many at once and no more, so that leases are renewed all the while."""
         deadline = time.monotonic() + timeout
         try:
             async with asyncio.timeout(timeout):
@@ -228,18 +228,23 @@ class Links:
         except TimeoutError:
             raise BrokerUnavailable(f"Redis at {self.place} answers too slowly") from None
         try:
-            link = await self._borrow(key, timeout)
-            try:
-                replies = await link.call(commands, max(0.001, deadline - time.monotonic()))
-            except BaseException:
-                self.drop(link)
-                raise
-            if any(isinstance(reply, client.MovedError | client.ClusterDownError) for reply in replies):
-                self._slots.clear()
-            self._idle.setdefault(link.address, deque()).append(link)
-            return replies
+            return await self.call(key, *commands, timeout=max(0.001, deadline - time.monotonic()))
         finally:
             self._turns.release()
+
+    async def call(self, key: str, *commands: Command, timeout: float = CALL_TIMEOUT) -> list[Any]:
+        """The answers of the server that has a key. `BrokerError`: nothing was written. Else the client's error, or `TimeoutError`."""
+        deadline = time.monotonic() + timeout
+        link = await self._borrow(key, timeout)
+        try:
+            replies = await link.call(commands, max(0.001, deadline - time.monotonic()))
+        except BaseException:
+            self.drop(link)
+            raise
+        if any(isinstance(reply, client.MovedError | client.ClusterDownError) for reply in replies):
+            self._slots.clear()
+        self._idle.setdefault(link.address, deque()).append(link)
+        return replies
 
     async def run(self, key: str, *commands: Command, what: str, timeout: float = CALL_TIMEOUT) -> list[Any]:
         """`call` for what stores nothing, or may be repeated: raises only `BrokerError`s, the server's answered ones too."""

@@ -23,6 +23,7 @@ from msgbus_redis import names, scripts
 from msgbus_redis.connections import CALL_TIMEOUT, Command, Link, script
 from msgbus_redis.errors import call_error, is_group_gone
 from msgbus_redis.names import Layout
+from msgbus_redis.sending import trim
 from msgbus_redis.services import Services
 from msgbus_redis.wire import envelope_of
 
@@ -432,18 +433,7 @@ class RedisReceiver(Receiver):
         if not self.services.is_time_to_tidy(self.spec.topic, self.spec.group, self.acked > 0):
             return []
         self.acked = 0
-        settings, layout, group = self.services.settings, self.layout, self.spec.group
-        parts = layout.parts()
-        own = [names.retry(part, group) for part in parts] if group is not None else []
-        keys = [names.meta(layout.topic), names.private(layout.topic), *parts, *own]
-        retention = settings.dead_letter_retention if layout.kind == "dead" else None
-        arguments = [
-            len(parts),
-            int(settings.first_group_retention * 1000),
-            self.lease_ms,
-            "" if retention is None else int(retention * 1000),
-        ]
-        return [script(scripts.TRIM, keys, arguments)]
+        return [trim(self.layout, self.spec.group, self.services.settings)]
 
     async def see_group(self) -> None:
         """Who reads is told when the group is gone; who has no room must look. `BrokerUnavailable` where it was dropped."""

@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import Sequence
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 from redis import exceptions as client
 
-from msgbus.contract.adapter import SendOutcome
+from msgbus.contract.adapter import AdapterSettings, SendOutcome
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerError, BrokerUnavailable, MessageTooLarge, PublishRejected, PublishUnknown
 from msgbus_redis import names, scripts
@@ -26,6 +26,9 @@ CHUNK_BYTES = 4 * 1024 * 1024
 SEEN_FOR = 120.0
 """Seconds for which a second send of an id to a topic is at least recognised."""
 
+TRIM = 60.0
+"""Seconds between a sender's trims of a topic."""
+
 _nonces = count()
 _process = os.urandom(6).hex()
 
@@ -35,13 +38,25 @@ def nonce() -> str:
     return f"{_process}{next(_nonces)}"
 
 
+def trim(layout: Layout, group: str | None, settings: AdapterSettings) -> Command:
+    """Drops from a topic's streams, and a group's own, what all groups are done with, and what is too old."""
+    parts = layout.parts()
+    own = [names.retry(part, group) for part in parts] if group is not None else []
+    keys = [names.meta(layout.topic), names.private(layout.topic), *parts, *own]
+    old = settings.dead_letter_retention if layout.kind == "dead" else None
+    first, lag = int(settings.first_group_retention * 1000), int(settings.lease * 1000)
+    return script(scripts.TRIM, keys, [len(parts), first, lag, "" if old is None else int(old * 1000)])
+
+
 class Sender:
     """Of one open adapter."""
 
-    def __init__(self, links: Links, max_body: int, durability: Literal["broker", "fsync", "replicated"], replicas: int) -> None:
+    def __init__(self, links: Links, settings: AdapterSettings, max_body: int, replicas: int) -> None:
         self._links = links
+        self._settings = settings
         self._max_body = max_body
-        self._durability = durability
+        self._durability = settings.durability
+        self._trimmed: dict[str, float] = {}
         self._replicas = replicas
         self._layouts: dict[str, Layout] = {}
 
@@ -110,7 +125,8 @@ class Sender:
         try:
             layout = await self.layout(topic, timeout)
             commands = [self._add(layout, chunk), *self._confirm(timeout)]
-            replies = await self._links.call(layout.base, *commands, timeout=timeout)
+            trims = self._trims(layout)
+            replies = (await self._links.send(layout.base, *commands, *trims, timeout=timeout))[: len(commands)]
         except (client.RedisError, OSError, TimeoutError, BrokerError) as error:
             return [send_error(error, envelope.id) for envelope in chunk]
         if isinstance(replies[0], client.RedisError):
@@ -149,6 +165,14 @@ class Sender:
             )
             arguments += fields
         return script(scripts.ADD, keys, arguments)
+
+    def _trims(self, layout: Layout) -> list[Command]:
+        """Now and then: what nobody consumes is kept for its time, no longer."""
+        now = time.monotonic()
+        if now < self._trimmed.get(layout.topic, 0.0):
+            return []
+        self._trimmed[layout.topic] = now + TRIM
+        return [trim(layout, None, self._settings)]
 
     def _confirm(self, timeout: float) -> list[Command]:
         wait = max(1, int(timeout * 900))
@@ -191,7 +215,7 @@ class Sender:
             must = "0" if envelope.group is None else "1"
             arguments = [group, consumer, entry_id, token, delay, must, nonce() if delay else "", *fields_of(envelope)]
             left = deadline - time.monotonic()
-            replies = await self._links.call(source, script(scripts.FORWARD, keys, arguments), *self._confirm(left), timeout=left)
+            replies = await self._links.send(source, script(scripts.FORWARD, keys, arguments), *self._confirm(left), timeout=left)
         except (client.RedisError, OSError, TimeoutError, BrokerError) as error:
             return send_error(error, envelope.id)
         word = replies[0]

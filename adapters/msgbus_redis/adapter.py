@@ -63,7 +63,7 @@ class RedisAdapter(Adapter):
         self._services: Services | None = None
         self._receivers: set[RedisReceiver] = set()
         self._names: dict[tuple[str, str], set[str]] = {}
-        self._tokens: dict[tuple[str, str, str], str] = {}
+        self._tokens: dict[tuple[str, str, str], list[str]] = {}
         self._facts: dict[str, str] = {}
 
     @classmethod

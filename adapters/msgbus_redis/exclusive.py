@@ -56,7 +56,8 @@ class ExclusiveReceiver(RedisReceiver):
         self._members = names.members(self.mains[0], group)
         self._leases = [names.lease(part, group) for part in self.mains]
         self._place = (self.spec.topic, group, self.spec.priority)
-        self._before = self.services.lost_tokens.pop(self._place, "")
+        self._before = self.services.lost_tokens.pop(self._place, [])
+        self._left = False
         self._rest = min(TICK, self.lease / 6)
         self._council_at = 0.0
         self._turn = 0
@@ -91,12 +92,12 @@ class ExclusiveReceiver(RedisReceiver):
 
     async def _sit_in_council(self, now: float) -> None:
         handing_over = sum(shard.handing_over for shard in self.shards.values())
-        arguments = [self.token, self._before, self.lease_ms, int(not self.draining), int(not handing_over)]
+        arguments = [self.token, self.lease_ms, int(not self.draining), int(not handing_over), *self._before]
         (answer,) = await self.read_call([script(scripts.COUNCIL, [self._members, *self._leases], arguments)], [], block=False)
         if isinstance(answer, client.RedisError):
             raise answer
         excess, mine, got, inherited = answer
-        self._before = ""
+        self._before = []
         for number in self.shards.keys() - set(mine):
             self._lose(self.shards[number])
         for number in mine:
@@ -274,7 +275,7 @@ class ExclusiveReceiver(RedisReceiver):
 
     async def _keep_leases(self) -> None:
         while self.problem is None and not self.closed:  # until it is cancelled
-            arguments = [self.token, "", self.lease_ms, 0, 0]
+            arguments = [self.token, self.lease_ms, 0, 0]
             council = script(scripts.COUNCIL, [self._members, *self._leases], arguments)
             answer = await self._guarded(self.links.run(self.base, council, what="keeping shards"))
             if answer is None:
@@ -290,11 +291,12 @@ class ExclusiveReceiver(RedisReceiver):
                 shard.back.append(entry)
         await self._hand_over(list(self.shards.values()))
         await self.links.run(self.base, ("ZREM", self._members, self.token), what="closing a receiver")
+        self._left = True
 
     async def _close(self) -> None:
         await super()._close()
-        if self.shards:  # they could not be given back: the next receiver of this process goes on with them
-            self.services.lost_tokens[self._place] = self.token
+        if not self._left:  # its shards could not be given back: the next receiver of this process goes on with them
+            self.services.lost_tokens.setdefault(self._place, []).extend([*self._before, self.token])
 
 
 def _order(entry: Entry) -> tuple[int, int]:

@@ -328,21 +328,24 @@ return 0
 """
 )
 
-# KEYS members, leases. ARGV me, the one before me in this process ('': none), lease, joins, takes
-# -> {how many too many, shards lost, shards got, those of them that were the predecessor's}: the even share of the shards
+# KEYS members, leases. ARGV me, lease, joins, takes, then those before me in this process
+# -> {how many too many, shards that were mine, shards got, those that were my predecessors'}: the even share of the shards
 COUNCIL = (
     _NOW
     + """
-local me, before, lease, joins, takes = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4] == '1', ARGV[5] == '1'
-local members = KEYS[1]
+local me, lease, joins, takes = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1', ARGV[4] == '1'
+local members, before = KEYS[1], {}
 if joins then redis.call('ZADD', members, now + lease, me) else redis.call('ZREM', members, me) end
-if before ~= '' then redis.call('ZREM', members, before) end
+for i = 5, #ARGV do
+  before[ARGV[i]] = true
+  redis.call('ZREM', members, ARGV[i])
+end
 redis.call('ZREMRANGEBYSCORE', members, '-inf', now)
 redis.call('PEXPIRE', members, 2 * lease)
 local held, mine, free, inherited = {}, {}, {}, {}
 for i = 2, #KEYS do
   local holder = redis.call('GET', KEYS[i])
-  if holder and holder == before then
+  if holder and before[holder] then
     redis.call('SET', KEYS[i], me, 'PX', lease)
     inherited[#inherited + 1] = i - 2
     holder = me

@@ -28,7 +28,7 @@ class Services:
         self.links = links
         self.sender = sender
         self.settings = settings
-        self.lost_tokens: dict[tuple[str, str, str], str] = {}
+        self.lost_tokens: dict[tuple[str, str, str], list[str]] = {}
         """Whose leases in this process were not given back: the next receiver of the topic, group and level goes on with them."""
         self._tidied: dict[tuple[str, str | None], float] = {}
 

@@ -389,7 +389,7 @@ return {excess, mine, got, inherited}
 # where there was nothing at all, also the last ids of the streams: what comes later is new
 TAKE = """
 local group, token, lease, room = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local out = {0, {}}
+local out, open = {0, {}}, {}
 for shard = 1, #KEYS / 3 do
   local key, at = shard * 3 - 2, shard * 3 + 2
   if redis.call('GET', KEYS[key]) ~= token then
@@ -420,20 +420,27 @@ for shard = 1, #KEYS / 3 do
       end
     end
     out[2][shard] = walks
-    if walks[1] == '' and walks[2] == '' then
-      for number = 2, 1, -1 do
-        if room > 0 then
-          local read = redis.call('XREADGROUP', 'GROUP', group, 'owner', 'COUNT', room, 'STREAMS', KEYS[key + number], '>')
-          if read then
-            for _, entry in ipairs(read[1][2]) do
-              out[#out + 1] = {shard, number, entry[1], entry[2], 1}
-              room = room - 1
-            end
+    if walks[1] == '' and walks[2] == '' then open[#open + 1] = shard end
+  end
+end
+local share = math.max(1, math.floor(room / math.max(1, #open)))
+for pass = 1, 2 do  -- each its share, so that one with a backlog leaves room for the keys of others; then who has more
+  for _, shard in ipairs(open) do
+    local left = pass == 1 and math.min(share, room) or room
+    for number = 2, 1, -1 do
+      if left > 0 then
+        local stream = KEYS[shard * 3 - 2 + number]
+        local read = redis.call('XREADGROUP', 'GROUP', group, 'owner', 'COUNT', left, 'STREAMS', stream, '>')
+        if read then
+          for _, entry in ipairs(read[1][2]) do
+            out[#out + 1] = {shard, number, entry[1], entry[2], 1}
+            room, left = room - 1, left - 1
           end
         end
       end
     end
   end
+  if #out == 2 then break end
 end
 if #out == 2 then
   for shard = 1, #KEYS / 3 do

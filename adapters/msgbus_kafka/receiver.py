@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from heapq import heappop, heappush
+from heapq import heappop, heappush, merge
 from itertools import count
 from typing import Any
 
@@ -29,6 +29,8 @@ from msgbus_kafka.tracking import Entry, Partition, State, read_mark, suspects_o
 COMMIT_EVERY = 0.05
 """Seconds that an ack may wait for others to be committed with it."""
 COMMIT_DEADLINE = 3.0
+LEAVE_AFTER = 1.0
+"""Seconds without a `receive`, and with nothing handed out, after which the partitions are left to others: it is paused."""
 LAST_COMMIT_DEADLINE = 0.5
 STOP_DEADLINE = 0.6
 ORDERS_EVERY = 0.5
@@ -75,6 +77,9 @@ class KafkaReceiver(Receiver):
         self._closed = False
         self._failure: MsgbusError | None = None
         self._look_at_orders = 0.0
+        self._receiving = False
+        self._away = False  # from its group, until somebody receives again
+        self._last_received = self._loop.time()
         self._waker: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._dirty = asyncio.Event()
@@ -118,8 +123,7 @@ class KafkaReceiver(Receiver):
                 if self._group is None:
                     await self._assign_privately()
                 else:
-                    topics = [self._stream, self._stream + SOON, self._group + SOON]
-                    self._consumer.subscribe(topics, listener=_Listener(self._revoked, self._assigned))
+                    self._join(self._group)
         except BaseException as error:
             self._abort()
             if isinstance(error, CLIENT_ERRORS):
@@ -127,6 +131,11 @@ class KafkaReceiver(Receiver):
             raise
         if self._group is not None:
             self._committer = self._loop.create_task(self._committing(), name=f"msgbus kafka commits {self._group}")
+
+    def _join(self, group: str) -> None:
+        self._away = False
+        topics = [self._stream, self._stream + SOON, group + SOON]
+        self._consumer.subscribe(topics, listener=_Listener(self._revoked, self._assigned))
 
     async def _assign_privately(self) -> None:
         led = await self._cluster.leaders([self._stream, self._stream + SOON])
@@ -145,6 +154,16 @@ class KafkaReceiver(Receiver):
     async def receive(self, limit: int, timeout: float) -> list[Received]:
         """As the contract says. An empty list comes early where partitions are about to be taken from us: the core looks at its tenures."""
         deadline = self._loop.time() + timeout
+        self._receiving = True
+        try:
+            if self._away and self._group is not None and not self._stopped:
+                self._join(self._group)
+            return await self._receive(limit, deadline)
+        finally:
+            self._receiving = False
+            self._last_received = self._loop.time()
+
+    async def _receive(self, limit: int, deadline: float) -> list[Received]:
         while True:
             if self._failure is not None:
                 await self.close()
@@ -218,6 +237,7 @@ class KafkaReceiver(Receiver):
     def _keep(self, batches: Mapping[TopicPartition, Sequence[Record]]) -> None:
         """Notes what was read. Records of partitions that are no longer ours are nothing to us."""
         spec, ready = self._spec, self._ready
+        several = len(batches) > 1
         for place, records in batches.items():
             partition = self._partitions.get(place)
             if partition is None:
@@ -240,6 +260,11 @@ class KafkaReceiver(Receiver):
                 else:
                     ready.append(received)
             self._dirty.set()
+        if several:  # as they came, as far as time stamps say it without turning round a partition's order
+            lists: dict[Partition, list[Received]] = {}
+            for received in ready:
+                lists.setdefault(received.token.partition, []).append(received)
+            self._ready = deque(merge(*lists.values(), key=_stamp))
 
     def _take(self, room: int) -> list[Received]:
         ready = self._ready
@@ -252,7 +277,7 @@ class KafkaReceiver(Receiver):
             received = ready.popleft()
             entry: Entry = received.token
             partition = entry.partition
-            if partition.tenure.lost or entry.settled:
+            if partition.gone or entry.settled:
                 continue
             if partition.upto <= entry.offset < partition.purged:
                 entry.settled = True
@@ -272,7 +297,7 @@ class KafkaReceiver(Receiver):
         entry: Entry = received.token
         if entry.settled:
             return
-        if entry.partition.tenure.lost:
+        if entry.partition.gone:
             self.stale_acks += 1
             return
         entry.settled = True
@@ -286,7 +311,7 @@ class KafkaReceiver(Receiver):
     async def release(self, received: Received) -> None:
         """Back to this receiver's own queue: nobody else may read the partition. Nothing waits."""
         entry: Entry = received.token
-        if entry.settled or not entry.held or entry.partition.tenure.lost:
+        if entry.settled or not entry.held or entry.partition.gone:
             return
         self._let_go(entry)
         if not self._stopped and not entry.partition.tenure.draining:
@@ -304,26 +329,48 @@ class KafkaReceiver(Receiver):
 
     async def _committing(self) -> None:
         while True:
-            await self._dirty.wait()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(COMMIT_EVERY):
-                    await self._urgent.wait()
+            if not await self._came(self._dirty, LEAVE_AFTER):
+                if self._unread() and not self._away:
+                    await self._leave_to_others()
+                continue
+            await self._came(self._urgent, COMMIT_EVERY)
             self._dirty.clear()
             self._urgent.clear()
             self._settled = 0
             if not self._rebalancing:
                 await self._commit(self._partitions.values(), COMMIT_DEADLINE)
 
+    async def _came(self, event: asyncio.Event, within: float) -> bool:
+        if not event.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await event.wait()
+        return event.is_set()
+
+    def _unread(self) -> bool:
+        return not (self._receiving or self._held or self._rebalancing) and self._loop.time() - self._last_received >= LEAVE_AFTER
+
+    async def _leave_to_others(self) -> None:
+        self._rebalancing = True
+        self._away = True
+        mine = list(self._partitions.values())
+        await self._commit(mine, COMMIT_DEADLINE, "clean")
+        self._lose(mine)
+        if self._away:  # nobody received meanwhile
+            self._consumer.unsubscribe()
+
     async def _commit(self, partitions: Iterable[Partition], deadline: float, state: State | None = None) -> bool:
         """Commits the heads that moved. False: it could not; what was acked since comes again unless a later commit can."""
         async with self._one_commit:
             marks: dict[TopicPartition, tuple[Partition, tuple[int, str]]] = {}
-            for partition in partitions:
+            for partition in list(partitions):
                 mark = partition.mark(state or self._state_of(partition))
-                if mark != partition.committed and not partition.tenure.lost:
+                if mark != partition.committed and not partition.gone:
                     marks[partition.tp] = (partition, mark)
             if not marks:
                 return True
+            if not is_member(self._consumer):  # a commit of somebody who is no member any more counts where the group is empty
+                return False
             try:
                 async with asyncio.timeout(deadline):
                     await self._consumer.commit({place: OffsetAndMetadata(*mark) for place, (_, mark) in marks.items()})
@@ -345,7 +392,7 @@ class KafkaReceiver(Receiver):
     async def _noted(self, taken: Sequence[Received]) -> bool:
         noted = False
         try:
-            noted = await self._commit({received.token.partition: None for received in taken}, COMMIT_DEADLINE)
+            noted = await self._commit(self._partitions.values(), COMMIT_DEADLINE)  # all: what was alone before is not any more
         finally:
             if not noted:
                 for received in reversed(taken):
@@ -380,7 +427,7 @@ class KafkaReceiver(Receiver):
 
     def _lose(self, partitions: Iterable[Partition]) -> None:
         for partition in partitions:
-            partition.tenure.lost = True
+            partition.lose()
             self._partitions.pop(partition.tp, None)
         self._ready.clear()
         self._later.clear()
@@ -456,7 +503,7 @@ class KafkaReceiver(Receiver):
     def _replay(self, partition: Partition, offset: int, order: str) -> None:
         """Reads again from an offset on; what is handed out of the partition comes again too."""
         held = sum(entry.held for entry in partition.entries)
-        partition.tenure.lost = True
+        partition.lose()
         again = Partition(partition.tp, offset, own_way=partition.own_way, delayed=partition.delayed, replayed=order, upto=offset)
         self._partitions[partition.tp] = again
         self._held -= held
@@ -513,6 +560,11 @@ class KafkaReceiver(Receiver):
         abort_consumer(self._consumer)
 
 
+def _stamp(received: Received) -> int:
+    stamp: int = received.native.timestamp  # type: ignore[attr-defined]  # a record
+    return stamp
+
+
 class _Listener(ConsumerRebalanceListener):
     """aiokafka tells of rebalances here; what it calls must not raise."""
 
@@ -525,6 +577,11 @@ class _Listener(ConsumerRebalanceListener):
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         await self._assigned(assigned)
+
+
+def is_member(consumer: Any) -> bool:
+    """Whether the group knows the consumer, as far as it knows itself."""
+    return getattr(getattr(consumer, "_coordinator", None), "generation", -1) > 0
 
 
 def abort_consumer(consumer: Any) -> None:

@@ -108,8 +108,14 @@ class Partition:
     purged: int = 0
     """What was not handed out before it is discarded."""
     committed: tuple[int, str] | None = None
+    gone: bool = False
+    """No longer ours. The tenure says so too, but the core may say so there before it is."""
     tenure: Tenure = field(default_factory=Tenure)
     entries: deque[Entry] = field(default_factory=deque[Entry])
+
+    def lose(self) -> None:
+        """It is no longer ours."""
+        self.gone = self.tenure.lost = True
 
     def head(self) -> int:
         """Everything before it is settled."""

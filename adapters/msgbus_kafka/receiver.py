@@ -17,13 +17,13 @@ from itertools import count
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec
 from msgbus.errors import BrokerUnavailable, MsgbusError
 from msgbus_kafka.cluster import BEGINNING, END, Cluster, abort_client
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, group_id, orders_id, stream
 from msgbus_kafka.records import Record, read
+from msgbus_kafka.sharing import Places, Sharing
 from msgbus_kafka.tracking import Entry, Partition, State, read_mark, suspects_of
 
 COMMIT_EVERY = 0.05
@@ -35,8 +35,8 @@ LAST_COMMIT_DEADLINE = 0.5
 STOP_DEADLINE = 0.6
 ORDERS_EVERY = 0.5
 """Seconds after which a receiver looks whether an operator purged or replayed its group."""
-GRACE = 0.6
-"""The part of the time that a rebalance may take which running handlers have to end."""
+CALL_AFTER = 0.05
+"""Seconds that a partition which was let go of waits for others to be let go of with it."""
 POLL_INTERVAL = 2**31 - 1
 """Milliseconds between two polls after which aiokafka leaves its group: never."""
 FETCH_WAIT = 100
@@ -81,7 +81,9 @@ class KafkaReceiver(Receiver):
         self._away = False  # from its group, until somebody receives again
         self._last_received = self._loop.time()
         self._waker: asyncio.Future[None] | None = None
-        self._idle: asyncio.Future[None] | None = None
+        self._in_hand: Places = set()
+        self._let_go_of: Places = set()
+        self._calling: asyncio.TimerHandle | None = None
         self._dirty = asyncio.Event()
         self._urgent = asyncio.Event()
         self._one_commit = asyncio.Lock()
@@ -95,8 +97,7 @@ class KafkaReceiver(Receiver):
                 "session_timeout_ms": session,
                 "rebalance_timeout_ms": session,
                 "heartbeat_interval_ms": max(1, min(int(settings.heartbeat * 1000), session // 3)),
-                # Every rebalance is a full one, and drained; so what counts is that each topic's shards are spread evenly.
-                "partition_assignment_strategy": (RoundRobinPartitionAssignor,),
+                "partition_assignment_strategy": (Sharing(self),),
                 "max_poll_interval_ms": POLL_INTERVAL,
             }
         self._consumer = AIOKafkaConsumer(
@@ -195,7 +196,7 @@ class KafkaReceiver(Receiver):
     async def _read(self, records: int, timeout: float) -> None:
         """Reads what has been fetched; else waits for it, or for anything else that happens. Cancelling it loses nothing."""
         window = self._ack_window
-        places = [place for place, partition in self._partitions.items() if not partition.full(window)]
+        places = [place for place, partition in self._partitions.items() if not partition.leaving and not partition.full(window)]
         try:
             if not places:
                 if timeout > 0:
@@ -283,7 +284,11 @@ class KafkaReceiver(Receiver):
                 entry.settled = True
                 self._dirty.set()
                 continue
+            if partition.leaving:
+                partition.parked.append(received)
+                continue
             entry.held = True
+            partition.held += 1
             if entry.offset >= partition.upto:
                 partition.upto = entry.offset + 1
             taken.append(received)
@@ -314,18 +319,20 @@ class KafkaReceiver(Receiver):
         if entry.settled or not entry.held or entry.partition.gone:
             return
         self._let_go(entry)
-        if not self._stopped and not entry.partition.tenure.draining:
+        if not self._stopped:
             self._ready.appendleft(received)
             self._wake()
 
     def _let_go(self, entry: Entry) -> None:
         if entry.held:
             entry.held = False
+            partition = entry.partition
+            partition.held -= 1
             self._held -= 1
             if self._waker is not None and self._held + 1 >= self._window:
                 self._wake()
-            if self._idle is not None and not self._held and not self._idle.done():
-                self._idle.set_result(None)
+            if partition.leaving and not partition.held:
+                self._left_one()
 
     async def _committing(self) -> None:
         while True:
@@ -383,7 +390,7 @@ class KafkaReceiver(Receiver):
     def _state_of(self, partition: Partition) -> State:
         if not self._spec.quarantine:
             return "open"
-        return "alone" if any(entry.held for entry in partition.entries) else "clean"
+        return "alone" if partition.held else "clean"
 
     def _must_note_first(self) -> bool:
         """While anything is suspect, what is handed out is written down before: a death then counts for that alone."""
@@ -402,58 +409,87 @@ class KafkaReceiver(Receiver):
     # ------------------------------------------------------------ coming and going of partitions
 
     async def _revoked(self) -> None:
-        """All of our partitions are about to be shared out anew: what runs may end, then others read on from the heads."""
+        """The group is about to share out anew. What is not in hand is committed, for it may go; what is stays ours, and runs on."""
         self._rebalancing = True
-        mine = list(self._partitions.values())
-        for partition in mine:
-            partition.tenure.draining = True
-        self._ready.clear()
-        self._later.clear()
-        self._tenures_changed = bool(mine)
         self._wake()
-        if self._held and not self._closed and await self._still_there():
-            self._idle = self._loop.create_future()
-            await asyncio.wait({self._idle}, timeout=self._settings.session_timeout * GRACE)
-            self._idle = None
-        if not self._closed:
-            await self._commit(mine, LAST_COMMIT_DEADLINE, "clean")
-        self._lose(mine)
+        mine = list(self._partitions.values())
+        if self._closed or not is_member(self._consumer):  # thrown out: others have them
+            self._lose(mine)
+            self._tenures_changed = bool(mine)
+            return
+        in_hand = {partition for partition in mine if partition.held}
+        if not await self._commit(mine, COMMIT_DEADLINE, "clean"):
+            in_hand.update(mine)
+        self._in_hand = {partition.tp for partition in in_hand}
 
-    async def _still_there(self) -> bool:
-        """Whether the group is: of one that was dropped nothing that ends now counts any more."""
-        with contextlib.suppress(MsgbusError):
-            return self._group is not None and bool(await self._cluster.committed(self._group))
-        return True
+    def claims(self) -> tuple[int, Places, Places]:
+        """For who shares out. After `_revoked`."""
+        generation = generation_of(self._consumer)
+        if generation <= 0:
+            return 0, set(), set()
+        return generation, {place for place, partition in self._partitions.items() if not partition.leaving}, self._in_hand
+
+    def told(self, let_go: Places) -> None:
+        """By who shared out. Before `_assigned`."""
+        self._let_go_of = let_go
 
     def _lose(self, partitions: Iterable[Partition]) -> None:
         for partition in partitions:
             partition.lose()
+            self._held -= partition.held
             self._partitions.pop(partition.tp, None)
-        self._ready.clear()
-        self._later.clear()
-        self._held = 0
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
 
-    async def _assigned(self, places: Iterable[TopicPartition]) -> None:
+    async def _assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        places = set(assigned)
         if self._closed or self._group is None:
             return
+        if not is_member(self._consumer):
+            self._lose(list(self._partitions.values()))
+        for place, partition in list(self._partitions.items()):
+            if place not in places:
+                self._lose([partition])
+                self._tenures_changed = True
+            else:
+                self._consumer.seek(place, partition.position)
+                self._stay(partition, place in self._let_go_of)
         try:
-            partitions = await self._take_over(list(places))
+            for partition in await self._take_over([place for place in places if place not in self._partitions]):
+                self._partitions[partition.tp] = partition
         except MsgbusError as error:
             self._fail(error)
             return
-        self._partitions = {partition.tp: partition for partition in partitions}
-        await self._commit(partitions, COMMIT_DEADLINE)  # from now on a death without a word is one; if it fails, it is tried again
+        await self._commit(self._partitions.values(), COMMIT_DEADLINE)  # from now on a death without a word is one; tried again if it fails
         self._dirty.set()
         self._rebalancing = False
         self._look_at_orders = 0.0
+        self._left_one()
         self._wake()
 
+    def _stay(self, partition: Partition, leaving: bool) -> None:
+        """A partition that was ours before: nothing is lost; but another may wait for it."""
+        if leaving != partition.leaving:
+            self._tenures_changed = True
+        partition.leaving = partition.tenure.draining = leaving
+        if not leaving and partition.parked:
+            self._ready.extendleft(sorted(partition.parked, key=lambda received: received.token.offset, reverse=True))
+            partition.parked.clear()
+
+    def _left_one(self) -> None:
+        """When we have let go of partitions that others wait for, the group shares out anew."""
+        if not self._rebalancing and any(partition.leaving and not partition.held for partition in self._partitions.values()):
+            if self._calling is None:
+                self._calling = self._loop.call_later(CALL_AFTER, self._call_for_a_round)
+
+    def _call_for_a_round(self) -> None:
+        self._calling = None
+        if not self._closed and not self._rebalancing:
+            request_rebalance(self._consumer)
+
     async def _take_over(self, places: Sequence[TopicPartition]) -> list[Partition]:
+        """Where each partition that comes to us stands, by what was committed last."""
         group = self._group or ""
         committed = await self._cluster.committed(group)
-        if places and not committed:
+        if not committed:
             raise BrokerUnavailable(f"group {self._spec.group!r} of topic {self._spec.topic!r} was dropped")
         marks = {place: read_mark(committed[place][1]) for place in places if place in committed}
         new = dict.fromkeys((place for place in places if place not in committed), BEGINNING)
@@ -502,7 +538,7 @@ class KafkaReceiver(Receiver):
 
     def _replay(self, partition: Partition, offset: int, order: str) -> None:
         """Reads again from an offset on; what is handed out of the partition comes again too."""
-        held = sum(entry.held for entry in partition.entries)
+        held = partition.held
         partition.lose()
         again = Partition(partition.tp, offset, own_way=partition.own_way, delayed=partition.delayed, replayed=order, upto=offset)
         self._partitions[partition.tp] = again
@@ -525,8 +561,8 @@ class KafkaReceiver(Receiver):
         self._closed = self._stopped = True
         self._on_close(self)
         self._wake()
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        if self._calling is not None:
+            self._calling.cancel()
         try:
             if self._committer is not None:
                 self._committer.cancel()
@@ -579,9 +615,22 @@ class _Listener(ConsumerRebalanceListener):
         await self._assigned(assigned)
 
 
+def generation_of(consumer: Any) -> int:
+    """The consumer's generation in its group; nothing above 0 where it is no member, as far as it knows itself."""
+    generation: int = getattr(getattr(consumer, "_coordinator", None), "generation", -1)
+    return generation
+
+
 def is_member(consumer: Any) -> bool:
-    """Whether the group knows the consumer, as far as it knows itself."""
-    return getattr(getattr(consumer, "_coordinator", None), "generation", -1) > 0
+    """Whether the consumer is a member of its group, as far as it knows itself."""
+    return generation_of(consumer) > 0
+
+
+def request_rebalance(consumer: Any) -> None:
+    """Makes the group share out anew."""
+    coordinator = getattr(consumer, "_coordinator", None)
+    if coordinator is not None:
+        coordinator.request_rejoin()
 
 
 def abort_consumer(consumer: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from aiokafka import TopicPartition
-from msgbus.contract.adapter import Tenure
+from msgbus.contract.adapter import Received, Tenure
 
 State = Literal["clean", "open", "alone"]
 
@@ -108,6 +108,12 @@ class Partition:
     purged: int = 0
     """What was not handed out before it is discarded."""
     committed: tuple[int, str] | None = None
+    held: int = 0
+    """How many are handed out and not settled."""
+    leaving: bool = False
+    """It is another's as soon as nothing of it is handed out."""
+    parked: list[Received] = field(default_factory=list[Received])
+    """Read, or given back, while it was leaving: for when it stays after all."""
     gone: bool = False
     """No longer ours. The tenure says so too, but the core may say so there before it is."""
     tenure: Tenure = field(default_factory=Tenure)

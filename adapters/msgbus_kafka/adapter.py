@@ -27,7 +27,6 @@ from msgbus.errors import (
     MsgbusError,
     NotFound,
     PublishRejected,
-    PublishUnknown,
     UnsupportedFeature,
 )
 from msgbus_kafka.cluster import Cluster
@@ -183,7 +182,9 @@ class KafkaAdapter(Adapter):
             dead = is_dead(envelope.topic)
             room = self._body + (HEADROOM if dead or envelope.group is not None else 0)
             if len(envelope.body) > room:
-                outcomes[number] = MessageTooLarge(f"message {envelope.id!r}: a body of {len(envelope.body)} bytes; Kafka takes {room} here")
+                outcomes[number] = MessageTooLarge(
+                    f"message {envelope.id!r}: a body of {len(envelope.body)} bytes; Kafka takes {room} here"
+                )
                 continue
             if envelope.delay > MAX_DELAY:
                 outcomes[number] = PublishRejected(f"message {envelope.id!r}: a delay of {envelope.delay:g} s; at most {MAX_DELAY:g} s")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import AIOKafkaClient, TopicPartition
-from aiokafka.errors import for_code as error_of
 from aiokafka.protocol.admin import (
     CreateTopicsRequest,
     DeleteGroupsRequest,
@@ -26,6 +25,7 @@ from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
+
 from msgbus.errors import BrokerUnavailable, MsgbusError, TopologyMismatch
 from msgbus_kafka.errors import CLIENT_ERRORS, for_code, translate
 
@@ -37,6 +37,7 @@ EXISTS, UNKNOWN_TOPIC, UNKNOWN_MEMBER, NON_EMPTY, NO_SUCH_GROUP = 36, 3, 25, 68,
 _MOVED = (14, 15, 16)  # the coordinator is loading, away or another one
 _TOPIC, _BROKER = 2, 4  # kinds of resource that have a configuration
 _DYNAMIC_TOPIC_CONFIG = 1
+_CHOSEN: list[tuple[int, list[int]]] = []  # the broker chooses where replicas are
 _LOOK_AGAIN = 0.02
 
 Committed = Mapping[TopicPartition, tuple[int, str]]
@@ -124,7 +125,7 @@ class Cluster:
     async def create(self, topics: Sequence[NewTopic]) -> None:
         """Creates them, and returns when their partitions have leaders. One that is there already is left as it is."""
         request = CreateTopicsRequest(
-            [(topic.name, topic.partitions, topic.replication, [], list(topic.configs.items())) for topic in topics],
+            [(topic.name, topic.partitions, topic.replication, _CHOSEN, list(topic.configs.items())) for topic in topics],
             int(DEADLINE * 1000),
             False,
         )
@@ -293,6 +294,3 @@ def abort_client(client: Any) -> None:
         synchronizing.cancel()
     for connection in list(getattr(client, "_conns", {}).values()):
         connection.close()
-
-
-__all__ = ["BEGINNING", "END", "Cluster", "Committed", "NewTopic", "abort_client", "error_of", "missing"]

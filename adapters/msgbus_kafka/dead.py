@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+
 from msgbus.contract.adapter import Received, Receiver, ReceiverSpec, Tenure
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerUnavailable, MsgbusError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from aiokafka import errors as kafka
+
 from msgbus.errors import (
     AuthenticationFailed,
     BrokerError,

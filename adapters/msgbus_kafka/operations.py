@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+
 from msgbus.contract.adapter import Depth
 from msgbus.contract.envelope import Envelope, Priority
 from msgbus.errors import BrokerUnavailable, NotFound

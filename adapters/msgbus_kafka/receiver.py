@@ -1,8 +1,8 @@
 """A receiver: aiokafka's consumer read on demand, what is un-settled tracked a partition, the contiguous heads committed in batches.
 
-No task polls: aiokafka fetches ahead by itself and keeps its membership alive by heartbeats of its own; its limit on the time between polls,
-which would take the partitions from a receiver that is not read just now, is set out of the way. Nor is a partition ever paused: one that
-has its `ack_window` un-settled is left out of what is asked for, so there is nothing for a rebalance to forget.
+No task polls: aiokafka fetches ahead by itself and keeps its membership alive by heartbeats of its own; its limit on the time between
+polls, which would take the partitions from a receiver that is not read just now, is set out of the way. Nor is a partition ever paused:
+one that has its `ack_window` un-settled is left out of what is asked for, so there is nothing for a rebalance to forget.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import count
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
+
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec
 from msgbus.errors import BrokerUnavailable, MsgbusError
 from msgbus_kafka.cluster import BEGINNING, END, Cluster, abort_client
@@ -476,9 +477,10 @@ class KafkaReceiver(Receiver):
 
     def _left_one(self) -> None:
         """When we have let go of partitions that others wait for, the group shares out anew."""
-        if not self._rebalancing and any(partition.leaving and not partition.held for partition in self._partitions.values()):
-            if self._calling is None:
-                self._calling = self._loop.call_later(CALL_AFTER, self._call_for_a_round)
+        if self._rebalancing or self._calling is not None:
+            return
+        if any(partition.leaving and not partition.held for partition in self._partitions.values()):
+            self._calling = self._loop.call_later(CALL_AFTER, self._call_for_a_round)
 
     def _call_for_a_round(self) -> None:
         self._calling = None
@@ -497,9 +499,7 @@ class KafkaReceiver(Receiver):
         found = await self._cluster.offsets({**new, **died_over}) if new or died_over else {}
         partitions: list[Partition] = []
         for place in places:
-            partition = Partition(
-                place, 0, own_way=place.topic == group + SOON, delayed=place.topic != self._stream
-            )
+            partition = Partition(place, 0, own_way=place.topic == group + SOON, delayed=place.topic != self._stream)
             if place in new:  # a partition that was added since
                 partition.position = found[place]
                 self._consumer.seek(place, partition.position)
@@ -617,8 +617,7 @@ class _Listener(ConsumerRebalanceListener):
 
 def generation_of(consumer: Any) -> int:
     """The consumer's generation in its group; nothing above 0 where it is no member, as far as it knows itself."""
-    generation: int = getattr(getattr(consumer, "_coordinator", None), "generation", -1)
-    return generation
+    return int(getattr(getattr(consumer, "_coordinator", None), "generation", -1))
 
 
 def is_member(consumer: Any) -> bool:

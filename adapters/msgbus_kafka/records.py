@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from aiokafka.partitioner import murmur2
+
 from msgbus.contract.envelope import CE, PRIORITIES, Envelope, Priority
 
 Headers = list[tuple[str, bytes | None]]

@@ -16,6 +16,7 @@ from typing import Any
 from aiokafka import AIOKafkaClient
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
+
 from msgbus.contract.adapter import SendOutcome
 from msgbus.errors import BrokerUnavailable, PublishUnknown
 from msgbus_kafka.cluster import abort_client
@@ -58,7 +59,7 @@ class Sender:
         self._connecting = asyncio.Lock()
         self._closed = False
 
-    async def send(self, outgoing: Mapping[tuple[str, int, int], Sequence[Outgoing]], deadline: float, tell: Tell) -> None:
+    async def send(self, outgoing: Mapping[tuple[int, str, int], Sequence[Outgoing]], deadline: float, tell: Tell) -> None:
         """Produces records by (leader, topic, partition), and tells the outcome of each that is not stored by `deadline` (loop time)."""
         now = int(time.time() * 1000)
         rest = {place: list(records) for place, records in outgoing.items()}

@@ -1,9 +1,9 @@
 """Who gets which partitions: each topic's shared out evenly, nobody loses one that it has in hand, as few as possible move.
 
-In a rebalance of Kafka's classic protocol a member gives all of its partitions up and hopes to get them back: what runs then, runs twice, or
-everyone waits for it. Here members say what they own and what they have in hand. The one who shares out works out the even shares; but a
-partition in hand stays where it is, and its owner is told to let go of it: it starts nothing more from there, and calls for another round
-when it is done.
+In a rebalance of Kafka's classic protocol a member gives all of its partitions up and hopes to get them back: what runs then, runs
+twice, or everyone waits for it. Here members say what they own and what they have in hand. The one who shares out works out the even
+shares; but a partition in hand stays where it is, and its owner is told to let go of it: it starts nothing more from there, and calls
+for another round when it is done.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from aiokafka import TopicPartition
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
@@ -133,7 +133,7 @@ def _read(data: bytes) -> dict[str, Any]:
         found = json.loads(data or b"{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
 def _packed(places: Iterable[TopicPartition]) -> dict[str, list[int]]:
@@ -146,4 +146,4 @@ def _packed(places: Iterable[TopicPartition]) -> dict[str, list[int]]:
 def _unpacked(packed: Any) -> Places:
     if not isinstance(packed, dict):
         return set()
-    return {TopicPartition(topic, number) for topic, numbers in packed.items() for number in numbers}
+    return {TopicPartition(topic, number) for topic, numbers in cast("dict[str, list[int]]", packed).items() for number in numbers}

@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 
 from aiokafka import TopicPartition
+
 from msgbus.contract.adapter import AdapterSettings, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import check_group
 from msgbus.errors import ConfigurationError, InvalidName, TopologyMismatch
 from msgbus_kafka.cluster import BEGINNING, END, Cluster, NewTopic, missing
-from msgbus_kafka.names import SOON, group_id, history_id, levels, stream
+from msgbus_kafka.names import SOON, Levels, group_id, history_id, levels, stream
 from msgbus_kafka.tracking import Mark
 
 RETENTION = "retention.ms"
@@ -65,7 +66,7 @@ class Topology:
             for level in self._levels(topic):
                 await self._declare_group(topic, group, stream(topic, level), group_id(topic, group, level), receiver.start, create)
 
-    def _levels(self, topic: str) -> Sequence[str]:
+    def _levels(self, topic: str) -> Levels:
         return levels(self._priorities[topic])
 
     # ------------------------------------------------------------ topics
@@ -123,9 +124,7 @@ class Topology:
         if not create and not committed:
             raise missing(f"group {group!r} of topic {topic!r}", "a group")
         led = await self._cluster.leaders([base, base + SOON, group_id + SOON])
-        places = {
-            TopicPartition(name, number): name for name, leaders in led.items() for number in range(len(leaders))
-        }
+        places = {TopicPartition(name, number): name for name, leaders in led.items() for number in range(len(leaders))}
         if any(place.topic == base for place in committed):
             return  # partitions that were added since are read from their beginning
         history = history_id(base)
@@ -189,5 +188,3 @@ def _milliseconds(seconds: float) -> str:
 
 def _said(priorities: bool) -> str:
     return "priorities" if priorities else "no priorities"
-
-

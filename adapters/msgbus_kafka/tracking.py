@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from aiokafka import TopicPartition
+
 from msgbus.contract.adapter import Received, Tenure
 
 State = Literal["clean", "open", "alone"]

@@ -17,7 +17,6 @@ from msgbus.urls import adapter_from_url
 from msgbus_kafka import KafkaAdapter
 from msgbus_kafka.records import partition_of
 
-
 pytestmark = pytest.mark.timeout(300)
 """A dead member's partitions are free when its session has ended: six seconds at least, some tests wait for that many times."""
 

@@ -66,10 +66,10 @@ def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) ->
     secret, _, netloc = parts.netloc.rpartition("@")
     user, _, password = secret.partition(":")
     tls = parts.scheme == "kafkas"
+    if parts.path not in ("", "/") or parts.fragment:  # what is there may be the rest of a password, and the host its beginning
+        raise ConfigurationError("the URL of Kafka is kafka://user:password@host:port,host:port, nothing behind; % escapes '/' and '@'")
+    servers = tuple(_server(server) for server in netloc.split(","))
     shown = f"{parts.scheme}://{netloc}"
-    if parts.path not in ("", "/") or parts.fragment:
-        raise ConfigurationError(f"the URL of Kafka is kafka://host:port,host:port: nothing behind {shown}")
-    servers = tuple(_server(server, shown) for server in netloc.split(","))
     known: dict[str, Callable[[str], Any]] = {
         "ack_window": _positive,
         "dead_letter_retention": _seconds,
@@ -118,14 +118,14 @@ def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) ->
     return place, settings
 
 
-def _server(text: str, shown: str) -> str:
+def _server(text: str) -> str:
     try:
         parts = urlsplit(f"//{text}")
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigurationError(f"the URL {shown}: {error}") from None
+    except ValueError:
+        raise ConfigurationError("the URL of Kafka is kafka://host:port,host:port: a port is a number up to 65535") from None
     if not host:
-        raise ConfigurationError(f"the URL {shown} names no host: kafka://host:9092")
+        raise ConfigurationError("the URL of Kafka names no host: kafka://host:9092")
     return f"{f'[{host}]' if ':' in host else host}:{port or DEFAULT_PORT}"
 
 

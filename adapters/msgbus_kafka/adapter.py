@@ -21,6 +21,7 @@ from msgbus.contract.adapter import (
 from msgbus.contract.address import DEAD_GROUP
 from msgbus.contract.envelope import HEADROOM, Envelope
 from msgbus.errors import (
+    BrokerError,
     BrokerUnavailable,
     ConfigurationError,
     MessageTooLarge,
@@ -62,6 +63,7 @@ class KafkaAdapter(Adapter):
         self._sender: Sender | None = None
         self._receivers: set[KafkaReceiver | DeadReceiver] = set()
         self._leaders: dict[str, list[int]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = 0
         self._body = 1048588 - _HEADERS
 
@@ -87,9 +89,13 @@ class KafkaAdapter(Adapter):
     # ------------------------------------------------------------ opening and closing
 
     async def open(self) -> None:
-        """Connects. An open adapter stays as it is."""
+        """Connects. An open adapter stays as it is; one whose event loop was closed under it is as after a crash."""
+        loop = asyncio.get_running_loop()
         if self._cluster is not None:
-            return
+            if self._loop is loop:
+                return
+            self._receivers.clear()  # their sockets and tasks ended with the loop
+        self._loop = loop
         self._options = self._place.client_options()
         cluster = Cluster(self._options)
         try:
@@ -220,7 +226,7 @@ class KafkaAdapter(Adapter):
         except TimeoutError:
             return BrokerUnavailable("Kafka did not say in time who leads")
         except MsgbusError as error:
-            return BrokerUnavailable(str(error))
+            return error if isinstance(error, BrokerError) else PublishRejected(str(error))
         self._leaders.update(found)
         return None
 

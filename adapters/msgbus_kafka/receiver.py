@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from heapq import heappop, heappush, merge
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 
@@ -369,24 +369,23 @@ class KafkaReceiver(Receiver):
 
     async def _commit(self, partitions: Iterable[Partition], deadline: float, state: State | None = None) -> bool:
         """Commits the heads that moved. False: it could not; what was acked since comes again unless a later commit can."""
-        async with self._one_commit:
-            marks: dict[TopicPartition, tuple[Partition, tuple[int, str]]] = {}
-            for partition in list(partitions):
-                mark = partition.mark(state or self._state_of(partition))
-                if mark != partition.committed and not partition.gone:
-                    marks[partition.tp] = (partition, mark)
-            if not marks:
-                return True
-            if not is_member(self._consumer):  # a commit of somebody who is no member any more counts where the group is empty
-                return False
-            try:
-                async with asyncio.timeout(deadline):
-                    await self._consumer.commit({place: OffsetAndMetadata(*mark) for place, (_, mark) in marks.items()})
-            except CLIENT_ERRORS:  # after a rebalance that is no error: the partition is another's, or comes back with a new tenure
-                return False
-            for partition, mark in marks.values():
-                partition.committed = mark
-            return True
+        try:
+            async with asyncio.timeout(deadline), self._one_commit:
+                marks: dict[TopicPartition, tuple[Partition, tuple[int, str]]] = {}
+                for partition in list(partitions):
+                    mark = partition.mark(state or self._state_of(partition))
+                    if mark != partition.committed and not partition.gone:
+                        marks[partition.tp] = (partition, mark)
+                if not marks:
+                    return True
+                if not is_member(self._consumer):  # a commit of somebody who is no member any more counts where the group is empty
+                    return False
+                await self._consumer.commit({place: OffsetAndMetadata(*mark) for place, (_, mark) in marks.items()})
+                for partition, mark in marks.values():
+                    partition.committed = mark
+        except CLIENT_ERRORS:  # after a rebalance that is no error: the partition is another's, or comes back with a new tenure
+            return False
+        return True
 
     def _state_of(self, partition: Partition) -> State:
         if not self._spec.quarantine:
@@ -597,8 +596,7 @@ class KafkaReceiver(Receiver):
 
 
 def _stamp(received: Received) -> int:
-    stamp: int = received.native.timestamp  # type: ignore[attr-defined]  # a record
-    return stamp
+    return cast(Record, received.native).timestamp
 
 
 class _Listener(ConsumerRebalanceListener):

@@ -18,7 +18,7 @@ from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from msgbus.contract.adapter import SendOutcome
-from msgbus.errors import BrokerUnavailable, PublishUnknown
+from msgbus.errors import BrokerError, BrokerUnavailable, PublishUnknown
 from msgbus_kafka.cluster import abort_client
 from msgbus_kafka.errors import CLIENT_ERRORS, produced, translate
 from msgbus_kafka.records import Headers
@@ -90,7 +90,7 @@ class Sender:
                 self._give_up(client)
             problem = translate(error, "connecting to produce")
             for record in _members(batches):
-                tell(record.number, BrokerUnavailable(str(problem)))
+                tell(record.number, problem if isinstance(problem, BrokerError) else BrokerUnavailable(str(problem)))
             return
         topics: dict[str, list[tuple[int, bytes]]] = {}
         for batch in batches:

@@ -172,6 +172,23 @@ async def test_records_of_other_programs_are_received(url: str) -> None:
         assert again.envelope.headers == strange.envelope.headers
 
 
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+async def test_what_others_compressed_is_received(url: str, codec: str) -> None:
+    """The extra brings the codecs: a receiver without one would be stuck at the first such batch."""
+    topic = fresh()
+    producer = AIOKafkaProducer(bootstrap_servers=urlsplit(url).netloc, compression_type=codec)
+    async with opened(url, shards=1) as adapter:
+        spec = ReceiverSpec(topic, "workers")
+        await adapter.declare([TopicSpec(topic)], [spec])
+        await producer.start()
+        try:
+            await producer.send_and_wait(topic, b"x" * 1000)
+        finally:
+            await producer.stop()
+        (received,) = await take(await adapter.open_receiver(spec), 1)
+        assert received.envelope.body == b"x" * 1000
+
+
 async def test_no_topic_is_made_by_being_named(url: str) -> None:
     """The brokers would make a missing topic with their own defaults; here it is refused, stored nowhere."""
     topic = fresh()

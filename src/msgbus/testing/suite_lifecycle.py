@@ -301,7 +301,9 @@ class Belongings(dict[str, int]):
 
 def belongings() -> Belongings:
     """What this process has open just now. Files and sockets only where /proc says."""
-    counts = Belongings(tasks=len(asyncio.all_tasks()), threads=threading.active_count())
+    # asyncio's own threads, which look up names, are kept for the loop's life, and as many as it was ever in need of.
+    threads = sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
+    counts = Belongings(tasks=len(asyncio.all_tasks()), threads=threads)
     try:
         descriptors = os.listdir("/proc/self/fd")
     except FileNotFoundError:

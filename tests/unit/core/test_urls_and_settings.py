@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from datetime import timedelta
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from msgbus import Bus
 from msgbus.contract.adapter import AdapterSettings
 from msgbus.errors import ConfigurationError, MsgbusError, UnknownAdapter
 from msgbus.settings import Settings, load
-from msgbus.urls import EXTRAS, adapter_from_url, hide_secrets
+from msgbus.urls import ENTRY_POINTS, EXTRAS, adapter_from_url, hide_secrets
 from msgbus_memory import MemoryAdapter
 
 
@@ -151,6 +152,14 @@ def test_settings_made_by_hand_hide_what_they_were_given_wrongly() -> None:
 PLAIN = AdapterSettings()
 
 
+@pytest.fixture
+def only_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no other adapter is installed."""
+    memory = entry_points(group=ENTRY_POINTS, name="memory")
+    monkeypatch.setattr("msgbus.urls.entry_points", lambda group: memory)
+
+
+@pytest.mark.usefixtures("only_memory")
 def test_a_scheme_that_is_not_installed_names_the_line_to_type() -> None:
     """pip with the right extra; `redis+sentinel` is redis's."""
     for scheme, extra in [*EXTRAS.items(), ("redis+sentinel", "redis"), ("redis+cluster", "redis")]:
@@ -160,6 +169,7 @@ def test_a_scheme_that_is_not_installed_names_the_line_to_type() -> None:
         assert SECRET not in str(raised.value)
 
 
+@pytest.mark.usefixtures("only_memory")
 @pytest.mark.parametrize(
     ("url", "says"),
     [

@@ -1,0 +1,269 @@
+"""The Kafka adapter beside the conformance suite: what only Kafka has, and what its client library gets wrong by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
+from msgbus.contract.envelope import Envelope, new_id
+from msgbus.errors import BrokerUnavailable, PublishRejected, PublishUnknown, TopologyMismatch
+from msgbus_kafka import KafkaAdapter
+from msgbus_kafka.url import read_url
+
+SETTINGS = AdapterSettings(heartbeat=2.0, session_timeout=6.0)
+
+
+@pytest.fixture
+def url() -> str:
+    """The broker."""
+    found = os.environ.get("MSGBUS_TEST_KAFKA_URL")
+    if not found:
+        if os.environ.get("CI") == "true":
+            pytest.fail("MSGBUS_TEST_KAFKA_URL is not set")
+        pytest.skip("MSGBUS_TEST_KAFKA_URL is not set: kafka://host:port of a broker for tests")
+    return found
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, **settings: Any) -> AsyncGenerator[KafkaAdapter, None]:
+    place, read = read_url(url, {}, AdapterSettings(**{"heartbeat": 2.0, "session_timeout": 6.0, **settings}))
+    adapter = KafkaAdapter(place, read)
+    await adapter.open()
+    try:
+        yield adapter
+    finally:
+        await adapter.close()
+
+
+def fresh() -> str:
+    return f"t{uuid4().hex[:12]}.orders"
+
+
+def envelope(topic: str, body: bytes = b"{}", **fields: Any) -> Envelope:
+    return Envelope(new_id(), topic, body, {}, **fields)
+
+
+async def take(receiver: Receiver, count: int, seconds: float = 15.0) -> list[Received]:
+    taken: list[Received] = []
+    deadline = time.monotonic() + seconds
+    while len(taken) < count:
+        assert time.monotonic() < deadline, f"{len(taken)} of {count} came"
+        taken += await receiver.receive(count - len(taken), 0.5)
+    return taken
+
+
+async def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_a_slow_head_is_never_committed_over(url: str) -> None:
+    """Committing the highest finished offset would lose the slow record at a crash."""
+    topic = fresh()
+    async with opened(url, shards=1) as adapter:
+        spec = ReceiverSpec(topic, "workers", window=10)
+        await adapter.declare([TopicSpec(topic)], [spec])
+        sent = [envelope(topic, b"%d" % number) for number in range(5)]
+        await adapter.send(sent, timeout=5)
+        receiver = await adapter.open_receiver(spec)
+        taken = await take(receiver, 5)
+        for received in taken[1:]:
+            receiver.ack(received)
+        await receiver.close()
+        again = await adapter.open_receiver(spec)
+        assert [received.envelope.id for received in await take(again, 5)] == [one.id for one in sent]
+
+
+async def test_a_receiver_that_nobody_reads_keeps_what_is_in_hand(url: str) -> None:
+    """aiokafka leaves its group when it is not polled; here, only when nothing is in hand, and another receive brings it back."""
+    topic = fresh()
+    async with opened(url) as adapter:
+        spec = ReceiverSpec(topic, "workers", window=10)
+        await adapter.declare([TopicSpec(topic)], [spec])
+        receiver = await adapter.open_receiver(spec)
+        await adapter.send([envelope(topic)], timeout=5)
+        (first,) = await take(receiver, 1)
+        await asyncio.sleep(2.5)
+        receiver.ack(first)
+        assert receiver.stale_acks == 0
+        await asyncio.sleep(2.5)
+        await adapter.send([envelope(topic)], timeout=5)
+        (second,) = await take(receiver, 1)
+        assert second.envelope.id != first.envelope.id
+
+
+async def test_what_runs_through_a_rebalance_runs_once(url: str) -> None:
+    """A joiner takes only what is not in hand; what is moves when it is settled, and nothing comes twice."""
+    topic = fresh()
+    async with opened(url) as first, opened(url) as second:
+        spec = ReceiverSpec(topic, "workers", window=100, exclusive=True)
+        await first.declare([TopicSpec(topic, keyed=True)], [spec])
+        one = await first.open_receiver(spec)
+        await first.send([envelope(topic, key=f"key{number}") for number in range(40)], timeout=5)
+        running = await take(one, 40)
+        two = await second.open_receiver(spec)
+        leaving = {received.token.partition.tp for received in running}
+        await until_shared(one, two, running)
+        for received in running:
+            one.ack(received)
+        assert one.stale_acks == 0
+        later = [envelope(topic, key=f"key{number}") for number in range(40)]
+        deadline = time.monotonic() + 15
+        found: dict[str, str] = {}
+        while {*found.values()} != {"one", "two"} or len(found) < 40:
+            assert time.monotonic() < deadline, found
+            if not found:
+                await first.send(later, timeout=5)
+            for name, receiver in (("one", one), ("two", two)):
+                for received in await receiver.receive(100, 0.2):
+                    assert received.envelope.id not in found, "it came twice"
+                    found[received.envelope.id] = name
+                    receiver.ack(received)
+        assert leaving
+        assert set(found) == {sent.id for sent in later}
+
+
+async def until_shared(one: Receiver, two: Receiver, running: list[Received]) -> None:
+    """Until the first is told to let go of some of what it has in hand."""
+    deadline = time.monotonic() + 15
+    while not any(received.tenure.draining for received in running):
+        assert time.monotonic() < deadline
+        assert await two.receive(1, 0.1) == []
+        await one.receive(1, 0.1)
+    assert not any(received.tenure.lost for received in running)
+
+
+async def test_records_of_other_programs_are_received(url: str) -> None:
+    """No headers, null bodies, headers twice and in any bytes; the topic may be there already, with partitions of its own."""
+    topic = fresh()
+    producer = AIOKafkaProducer(bootstrap_servers=urlsplit(url).netloc)
+    async with opened(url) as adapter:
+        await adapter.declare([TopicSpec(topic)], [])
+        await producer.start()
+        try:
+            await producer.send_and_wait(topic, b"\xff", key=b"\xfe", headers=[("a", b"1"), ("a", b"\xff")])
+            await producer.send_and_wait(topic, None, key=b"tomb")
+        finally:
+            await producer.stop()
+        spec = ReceiverSpec(topic, "workers")
+        await adapter.declare([TopicSpec(topic)], [spec])
+        receiver = await adapter.open_receiver(spec)
+        taken = {received.envelope.body: received for received in await take(receiver, 2)}
+        strange = taken[b"\xff"]
+        assert strange.envelope.headers["a"].encode("utf-8", "surrogateescape") == b"\xff"
+        assert strange.envelope.id.startswith(f"{topic}/")
+        assert taken[b""].envelope.key == "tomb"
+        back = Envelope("x", topic, b"", strange.envelope.headers, strange.envelope.key, "workers")
+        assert await adapter.send([back], timeout=5) == [None]
+        (again,) = await take(receiver, 1)
+        assert again.envelope.headers == strange.envelope.headers
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+async def test_what_others_compressed_is_received(url: str, codec: str) -> None:
+    """The extra brings the codecs: a receiver without one would be stuck at the first such batch."""
+    topic = fresh()
+    producer = AIOKafkaProducer(bootstrap_servers=urlsplit(url).netloc, compression_type=codec)
+    async with opened(url, shards=1) as adapter:
+        spec = ReceiverSpec(topic, "workers")
+        await adapter.declare([TopicSpec(topic)], [spec])
+        await producer.start()
+        try:
+            await producer.send_and_wait(topic, b"x" * 1000)
+        finally:
+            await producer.stop()
+        (received,) = await take(await adapter.open_receiver(spec), 1)
+        assert received.envelope.body == b"x" * 1000
+
+
+async def test_no_topic_is_made_by_being_named(url: str) -> None:
+    """The brokers would make a missing topic with their own defaults; here it is refused, stored nowhere."""
+    topic = fresh()
+    async with opened(url) as adapter:
+        for one in (envelope(topic), envelope(topic, group="workers")):
+            (outcome,) = await adapter.send([one], timeout=5)
+            assert isinstance(outcome, PublishRejected)
+        with pytest.raises(BrokerUnavailable):
+            await adapter.open_receiver(ReceiverSpec(topic, "workers"))
+        assert await adapter.shards(topic) is None
+
+
+async def test_a_broker_that_does_not_answer_leaves_the_message_unknown_and_the_next_one_well(url: str) -> None:
+    """aiokafka's idempotent producer would wait for ever: here at most `timeout`, and the dead link is not used again."""
+    topic = fresh()
+    async with opened(url) as adapter:
+        await adapter.declare([TopicSpec(topic)], [])
+        assert await adapter.send([envelope(topic)], timeout=5) == [None]
+        client = vars(adapter)["_sender"]
+        connection = next(iter(vars(vars(client)["_client"])["_conns"].values()))
+        transport = vars(connection)["_writer"].transport
+        transport.pause_reading()
+        began = time.monotonic()
+        (outcome,) = await adapter.send([envelope(topic)], timeout=0.7)
+        assert isinstance(outcome, PublishUnknown)
+        assert time.monotonic() - began < 2.0
+        assert await adapter.send([envelope(topic)], timeout=5) == [None]
+
+
+async def test_nobody_there(url: str) -> None:
+    """`BrokerUnavailable`, without the password."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place, settings = read_url(f"kafka://me:pa55word@127.0.0.1:{free.getsockname()[1]}", {}, SETTINGS)
+        adapter = KafkaAdapter(place, settings)
+        with pytest.raises(BrokerUnavailable) as raised:
+            await adapter.open()
+        assert "pa55word" not in str(raised.value)
+        await adapter.close()
+
+
+async def test_a_later_group_begins_at_its_declaration_and_a_retained_topics_at_its_beginning(url: str) -> None:
+    """Whether a topic has had a group is read from the broker, also when its last one was dropped."""
+    plain, kept = fresh(), fresh()
+    async with opened(url) as adapter:
+        specs = [TopicSpec(plain), TopicSpec(kept, retain=3600.0)]
+        await adapter.declare(specs, [ReceiverSpec(plain, "first"), ReceiverSpec(kept, "first")])
+        await adapter.send([envelope(plain), envelope(kept)], timeout=5)
+        assert await adapter.drop_group(plain, "first")
+        await adapter.declare(specs, [ReceiverSpec(plain, "later"), ReceiverSpec(kept, "later")])
+        assert (await adapter.depth(plain, "later")).ready == 0
+        assert (await adapter.depth(kept, "later")).ready == 1
+        with pytest.raises(TopologyMismatch):
+            await adapter.declare([TopicSpec(kept, retain=60.0)], [])
+
+
+async def test_replay_of_a_group_at_rest_and_of_one_at_work(url: str) -> None:
+    """Everything from a moment on comes again; of a group at work, to those who work."""
+    topic = fresh()
+    async with opened(url) as adapter, opened(url) as operator:
+        spec = ReceiverSpec(topic, "workers", window=20)
+        await adapter.declare([TopicSpec(topic, retain=3600.0)], [spec])
+        since = time.time() - 1
+        sent = [envelope(topic) for _ in range(10)]
+        await adapter.send(sent, timeout=5)
+        receiver = await adapter.open_receiver(spec)
+        for received in await take(receiver, 10):
+            receiver.ack(received)
+        assert await operator.replay(topic, "workers", since) == 10
+        again = await take(receiver, 10)
+        assert {received.envelope.id for received in again} == {one.id for one in sent}
+        for received in again:
+            receiver.ack(received)
+        assert await receiver.receive(1, 1.0) == [], "once"
+        await receiver.close()
+        assert await operator.replay(topic, "workers", since) == 10
+        receiver = await adapter.open_receiver(spec)
+        assert len(await take(receiver, 10)) == 10

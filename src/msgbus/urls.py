@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, metadata
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from msgbus.contract.adapter import Adapter, AdapterSettings
@@ -73,4 +73,8 @@ def _unknown(scheme: str, url: str, known: list[str]) -> UnknownAdapter:
 
 def _pip_line(scheme: str) -> str:
     extra = EXTRAS.get(scheme.partition("+")[0])
-    return f'pip install "msgbus[{extra}]"' if extra else "reinstall the package that brings it"
+    if extra is None:
+        return "reinstall the package that brings it"
+    if extra not in (metadata("msgbus").get_all("Provides-Extra") or ()):
+        return "this version of msgbus has no adapter for it"
+    return f'pip install "msgbus[{extra}]"'

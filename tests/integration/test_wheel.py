@@ -52,8 +52,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (points,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/entry_points.txt"))
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"msgbus", "msgbus_memory", "msgbus_redis"}
-    assert {"msgbus/py.typed", "msgbus_memory/py.typed", "msgbus_redis/py.typed"} <= set(names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"msgbus", "msgbus_kafka", "msgbus_memory", "msgbus_redis"}
+    assert {"msgbus/py.typed", "msgbus_kafka/py.typed", "msgbus_memory/py.typed", "msgbus_redis/py.typed"} <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith(".pyc")]
     assert "[msgbus.adapters]" in points

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from datetime import timedelta
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, metadata
 from pathlib import Path
 
 import pytest
@@ -161,11 +161,12 @@ def only_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("only_memory")
 def test_a_scheme_that_is_not_installed_names_the_line_to_type() -> None:
-    """pip with the right extra; `redis+sentinel` is redis's."""
+    """pip with the right extra, where this version has it; `redis+sentinel` is redis's."""
     for scheme, extra in [*EXTRAS.items(), ("redis+sentinel", "redis"), ("redis+cluster", "redis")]:
         with pytest.raises(UnknownAdapter) as raised:
             adapter_from_url(f"{scheme}://user:{SECRET}@host", PLAIN)
-        assert f'pip install "msgbus[{extra}]"' in str(raised.value)
+        there = extra in (metadata("msgbus").get_all("Provides-Extra") or ())
+        assert (f'pip install "msgbus[{extra}]"' if there else "this version of msgbus has no adapter") in str(raised.value)
         assert SECRET not in str(raised.value)
 
 

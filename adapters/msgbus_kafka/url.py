@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from msgbus.contract.adapter import AdapterSettings, check_options
+from msgbus.contract.adapter import AdapterSettings
+from msgbus.contract.options import Read, boolean, durability, positive, read_options, seconds
 from msgbus.errors import ConfigurationError, UnsupportedFeature
 
 DEFAULT_PORT = 9092
@@ -70,29 +71,23 @@ def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) ->
         raise ConfigurationError("the URL of Kafka is kafka://user:password@host:port,host:port, nothing behind; % escapes '/' and '@'")
     servers = tuple(_server(server) for server in netloc.split(","))
     shown = f"{parts.scheme}://{netloc}"
-    known: dict[str, Callable[[str], Any]] = {
-        "ack_window": _positive,
-        "dead_letter_retention": _seconds,
-        "durability": _durability,
-        "heartbeat": _seconds,
-        "require_durable": _boolean,
-        "session_timeout": _seconds,
-        "shards": _positive,
+    known: dict[str, Read] = {
+        "ack_window": positive,
+        "dead_letter_retention": seconds,
+        "durability": durability,
+        "heartbeat": seconds,
+        "require_durable": boolean,
+        "session_timeout": seconds,
+        "shards": positive,
         "cafile": str,
         "certfile": str,
         "client_id": str,
         "instance": str,
         "keyfile": str,
         "mechanism": _mechanism,
-        "replication": _positive,
+        "replication": positive,
     }
-    check_options(shown, options, tuple(known))
-    read: dict[str, Any] = {}
-    for option, text in options.items():
-        try:
-            read[option] = known[option](text)
-        except ValueError as error:
-            raise ConfigurationError(f"option {option!r} of {shown}: {error}, not {text!r}") from None
+    read = read_options(shown, options, known)
     if not tls and (needs := {"cafile", "certfile", "keyfile"} & read.keys()):
         raise ConfigurationError(f"option {min(needs)!r} of {shown}: TLS is kafkas://")
     if "mechanism" in read and not user:
@@ -125,34 +120,6 @@ def _server(text: str) -> str:
     if not host:
         raise ConfigurationError("the URL of Kafka names no host: kafka://host:9092")
     return f"{f'[{host}]' if ':' in host else host}:{port or DEFAULT_PORT}"
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError("expected a whole number from 1 on")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError("expected seconds")
-    return seconds
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise ValueError("expected true or false")
-    return text.lower() in ("true", "1")
-
-
-def _durability(text: str) -> str:
-    if text not in ("broker", "fsync", "replicated"):
-        raise ValueError("expected broker, fsync or replicated")
-    return text
 
 
 def _mechanism(text: str) -> str:

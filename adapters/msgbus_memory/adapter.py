@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
 from msgbus.contract.adapter import (
@@ -20,9 +20,9 @@ from msgbus.contract.adapter import (
     ReceiverSpec,
     SendOutcome,
     TopicSpec,
-    check_options,
 )
 from msgbus.contract.envelope import Envelope
+from msgbus.contract.options import Read, boolean, durability, positive, read_options, seconds_or_none
 from msgbus.errors import BrokerUnavailable, ConfigurationError, UnsupportedFeature
 from msgbus_memory.broker import Broker, named
 from msgbus_memory.receiver import PATIENCE, MemoryReceiver
@@ -74,22 +74,16 @@ class MemoryAdapter(Adapter):
         shown = f"memory://{place}"
         if parts.scheme != "memory" or parts.path not in ("", "/") or parts.fragment:
             raise ConfigurationError(f"the URL of the memory broker is memory:// or memory://NAME, nothing behind {shown}")
-        known: dict[str, Callable[[str], Any]] = {
-            "dead_letter_retention": _seconds,
-            "durability": _durability,
-            "first_group_retention": _seconds,
-            "limit": _positive,
-            "max_body": _positive,
-            "require_durable": _boolean,
-            "shards": _positive,
+        known: dict[str, Read] = {
+            "dead_letter_retention": seconds_or_none,
+            "durability": durability,
+            "first_group_retention": seconds_or_none,
+            "limit": positive,
+            "max_body": positive,
+            "require_durable": boolean,
+            "shards": positive,
         }
-        check_options(shown, options, tuple(known))
-        read: dict[str, Any] = {}
-        for option, text in options.items():
-            try:
-                read[option] = known[option](text)
-            except ValueError as error:
-                raise ConfigurationError(f"option {option!r} of {shown}: {error}, not {text!r}") from None
+        read = read_options(shown, options, known)
         limit, max_body = read.pop("limit", LIMIT), read.pop("max_body", MAX_BODY)
         return cls(place or None, limit=limit, max_body=max_body, settings=replace(settings, **read))
 
@@ -236,31 +230,3 @@ class MemoryAdapter(Adapter):
         if self._session is None or self._session.closed:
             raise BrokerUnavailable("the memory adapter is not open")
         return self._session
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError("expected a whole number from 1 on")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ValueError("expected seconds")
-    return seconds
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise ValueError("expected true or false")
-    return text.lower() in ("true", "1")
-
-
-def _durability(text: str) -> str:
-    if text not in ("broker", "fsync", "replicated"):
-        raise ValueError("expected broker, fsync or replicated")
-    return text

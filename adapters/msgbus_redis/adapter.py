@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self, cast
 
 from redis import exceptions as client
 
@@ -22,10 +22,10 @@ from msgbus.contract.adapter import (
     ReceiverSpec,
     SendOutcome,
     TopicSpec,
-    check_options,
 )
 from msgbus.contract.address import DEAD_GROUP
 from msgbus.contract.envelope import Envelope
+from msgbus.contract.options import Read, boolean, durability, positive, read_options, seconds
 from msgbus.errors import BrokerUnavailable, ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
 from msgbus_redis import names, scripts
 from msgbus_redis.connections import CALL_TIMEOUT, Link, Links, Place, script
@@ -70,13 +70,7 @@ class RedisAdapter(Adapter):
     def from_url(cls, url: str, options: Mapping[str, str], settings: AdapterSettings) -> Self:
         """Options: the settings that mean something here, `max_body`, `replicas`, and for TLS `tls` and redis-py's `ssl_…`."""
         place = Place.from_url(url)
-        read: dict[str, Any] = {}
-        check_options(str(place), options, tuple(_OPTIONS))
-        for option, text in options.items():
-            try:
-                read[option] = _OPTIONS[option](text)
-            except ValueError as error:
-                raise ConfigurationError(f"option {option!r} of {place}: {error}, not {text!r}") from None
+        read = read_options(str(place), options, _OPTIONS)
         own = {name: read.pop(name) for name in ("max_body", "replicas") if name in read}
         secure = {name: read.pop(name) for name in list(read) if name.startswith("ssl_")}
         if read.pop("tls", False):
@@ -429,46 +423,18 @@ def _priorities(there: bool) -> str:
     return "priorities" if there else "no priorities"
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError("expected a whole number from 1 on")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError("expected seconds")
-    return seconds
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise ValueError("expected true or false")
-    return text.lower() in ("true", "1")
-
-
-def _durability(text: str) -> str:
-    if text not in ("broker", "fsync", "replicated"):
-        raise ValueError("expected broker, fsync or replicated")
-    return text
-
-
-_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "dead_letter_retention": _seconds,
-    "durability": _durability,
-    "first_group_retention": _seconds,
-    "lease": _seconds,
-    "max_body": _positive,
-    "replicas": _positive,
-    "require_durable": _boolean,
-    "shards": _positive,
+_OPTIONS: dict[str, Read] = {
+    "dead_letter_retention": seconds,
+    "durability": durability,
+    "first_group_retention": seconds,
+    "lease": seconds,
+    "max_body": positive,
+    "replicas": positive,
+    "require_durable": boolean,
+    "shards": positive,
     "ssl_ca_certs": str,
     "ssl_certfile": str,
-    "ssl_check_hostname": _boolean,
+    "ssl_check_hostname": boolean,
     "ssl_keyfile": str,
-    "tls": _boolean,
+    "tls": boolean,
 }

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks import Result
+from benchmarks import Options, Result
 
 ROUNDS = 31
 LIMIT = 1.25
@@ -21,8 +21,9 @@ def seconds(statement: str) -> float:
     return float(subprocess.run(program, capture_output=True, check=True, text=True).stdout)
 
 
-def run(rounds: int = ROUNDS) -> Result:
+def run(options: Options) -> list[Result]:
     """Interleaved, the order turned round each time; the first round, which fills the caches of files, does not count."""
+    rounds = options.rounds or ROUNDS
     times: dict[str, list[float]] = {OURS: [], THEIRS: []}
     for number in range(rounds + 1):
         for statement in (OURS, THEIRS) if number % 2 else (THEIRS, OURS):
@@ -30,5 +31,6 @@ def run(rounds: int = ROUNDS) -> Result:
             if number:
                 times[statement].append(taken)
     medians = {statement: statistics.median(taken) * 1000 for statement, taken in times.items()}
-    ratio = statistics.median(ours / theirs for ours, theirs in zip(times[OURS], times[THEIRS], strict=True))
-    return Result("imports", "time of an import in a fresh interpreter", "ms", medians, ratio, LIMIT, rounds)
+    ratios = [ours / theirs for ours, theirs in zip(times[OURS], times[THEIRS], strict=True)]
+    what = "time of an import in a fresh interpreter"
+    return [Result("imports", what, "ms", medians, statistics.median(ratios), LIMIT, rounds, ratios=ratios)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from examples.flights.data import Expected, departures
 
-from benchmarks import Result
+from benchmarks import Options, Result
 
 PEAK = 300
 """MB that all rows may take."""
@@ -23,24 +23,26 @@ SOME = 50_000
 GROUPS = 3
 
 
-def run() -> Result:
+def run(_: Options) -> list[Result]:
     """Runs the demo with some rows and with all. Raises `RuntimeError` when it fails, `InputError` where the data is not installed."""
     stored_some, stored_all = stored()
     some, everything = peak(SOME), peak(None)
     allowed = (stored_all - stored_some) * STORED / 1000
-    return Result(
-        name="memory",
-        what=f"peak of `python -m examples.flights`, {stored_all - stored_some:,} messages more stored with all rows",
-        unit="MB",
-        measures={
-            f"{SOME:,} rows": some,
-            f"all rows (limit {PEAK})": everything,
-            f"more (limit {allowed:.1f}: {STORED} KB each)": everything - some,
-        },
-        ratio=max(everything / PEAK, (everything - some) / allowed),
-        limit=1.0,
-        rounds=1,
-    )
+    return [
+        Result(
+            name="memory",
+            what=f"peak of `python -m examples.flights`, {stored_all - stored_some:,} messages more stored with all rows",
+            unit="MB",
+            measures={
+                f"{SOME:,} rows": some,
+                f"all rows (limit {PEAK})": everything,
+                f"more (limit {allowed:.1f}: {STORED} KB each)": everything - some,
+            },
+            ratio=max(everything / PEAK, (everything - some) / allowed),
+            limit=1.0,
+            rounds=1,
+        )
+    ]
 
 
 def stored() -> tuple[int, int]:
@@ -66,11 +68,3 @@ def peak(rows: int | None) -> float:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-if __name__ == "__main__":
-    from benchmarks.__main__ import show
-
-    result = run()
-    show(result)
-    sys.exit(0 if result.kept else 1)

@@ -20,9 +20,11 @@ try:
 except ImportError as error:
     raise ImportError('msgbus.testing needs pytest: pip install "msgbus[testing]"') from error
 
-SUITE_MODULES = ("publishing", "consuming", "ordering", "retrying", "lifecycle")
+SUITE_MODULES = (
+    "publishing", "content", "groups", "consuming", "ordering", "retrying", "dead_letters", "lifecycle", "operating", "refusals",
+)  # fmt: skip
 """The modules of `msgbus.testing` that hold the suite's tests, in the order they run."""
 
 pytest.register_assert_rewrite(
-    *(f"msgbus.testing.suite_{name}" for name in SUITE_MODULES), "msgbus.testing.stage", "msgbus.testing.history"
+    *(f"msgbus.testing.suite_{name}" for name in SUITE_MODULES), "msgbus.testing.stage", "msgbus.testing.steps", "msgbus.testing.history"
 )

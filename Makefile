@@ -13,7 +13,7 @@ pip := $(python) -m pip --disable-pip-version-check --quiet --require-virtualenv
 docs_test := tests/unit/test_docs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test differential check bench docs clean
+.PHONY: help setup demo test differential torture check bench docs clean
 .SILENT:
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,9 @@ test: $(venv)/.installed ## run the tests, then those that msgbus ships for adap
 
 differential: $(venv)/.installed ## run random programs on every broker that is there; PROGRAMS=... says how many, SEED=... which
 	MSGBUS_TEST_DIFFERENTIAL_PROGRAMS=$(PROGRAMS) MSGBUS_TEST_DIFFERENTIAL_SEED=$(SEED) $(python) -m pytest tests/differential
+
+torture: $(venv)/.installed ## kill, stop and cut off real worker processes on every broker that is there: half an hour
+	MSGBUS_TEST_TORTURE=1 $(python) -m pytest tests/torture
 
 check: $(venv)/.installed ## lint, format, types, floors
 	$(python) -m ruff check

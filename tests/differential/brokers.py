@@ -1,15 +1,15 @@
-"""Where programs run: in memory always; on each other broker whose adapter is installed and whose URL is in the environment."""
+"""Where programs run: in memory, and on each broker that tests are given (see `tests/brokers.py`)."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-import os
 from importlib.metadata import entry_points
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
+from tests.brokers import RECIPES, Server
 
 from msgbus.contract.adapter import Adapter
 from msgbus.testing.stage import Broker
@@ -26,15 +26,12 @@ async def die(adapter: Adapter) -> None:
         await result
 
 
-def broker_called(name: str) -> Broker:
-    """The broker of this name; skips, saying why, where it is not to be had."""
+def broker_called(name: str, request: pytest.FixtureRequest) -> Broker:
+    """The broker of this name, for a test that is marked with it."""
     if name == "memory":
         return Broker(f"memory://differential{next(_numbers)}", crash=die)
-    variable = f"MSGBUS_TEST_{name.upper()}_URL"
-    url = os.environ.get(variable)
-    if not url:
-        pytest.skip(f"{variable} is not set")
-    scheme = urlsplit(url).scheme
+    scheme = urlsplit(RECIPES[name].url).scheme
     if scheme not in entry_points(group="msgbus.adapters").names:
         pytest.skip(f"no adapter for {scheme}:// is installed")
-    return Broker(url, crash=die, patience=3.0)
+    running: Server = request.getfixturevalue("running")
+    return Broker(running.url, crash=die, patience=3.0)

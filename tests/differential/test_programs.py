@@ -53,7 +53,7 @@ def try_programs(broker: Broker, seed: int, count: int, patience: float = PATIEN
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", NAMES)
-def test_programs_show_what_the_model_says(name: str, seed: int) -> None:
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.broker(name)) for name in NAMES])
+def test_programs_show_what_the_model_says(name: str, seed: int, request: pytest.FixtureRequest) -> None:
     """A failing program is made as simple as it can be and printed as its steps."""
-    try_programs(broker_called(name), seed, int(os.environ.get(PROGRAMS) or USUAL.get(name, USUAL_ELSEWHERE)))
+    try_programs(broker_called(name, request), seed, int(os.environ.get(PROGRAMS) or USUAL.get(name, USUAL_ELSEWHERE)))

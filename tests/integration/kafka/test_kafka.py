@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -14,6 +13,7 @@ from uuid import uuid4
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from tests.brokers import Server
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
@@ -24,15 +24,13 @@ from msgbus_kafka.url import read_url
 SETTINGS = AdapterSettings(heartbeat=2.0, session_timeout=6.0)
 
 
+pytestmark = pytest.mark.broker("kafka")
+
+
 @pytest.fixture
-def url() -> str:
+def url(running: Server) -> str:
     """The broker."""
-    found = os.environ.get("MSGBUS_TEST_KAFKA_URL")
-    if not found:
-        if "MSGBUS_TEST_REQUIRE_BROKERS" in os.environ:
-            pytest.fail("MSGBUS_TEST_KAFKA_URL is not set")
-        pytest.skip("MSGBUS_TEST_KAFKA_URL is not set: kafka://host:port of a broker for tests")
-    return found
+    return running.url
 
 
 @contextlib.asynccontextmanager

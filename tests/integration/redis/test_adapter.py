@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from tests.brokers import Server
 
 from msgbus.contract.adapter import AdapterSettings, Forwarding, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.address import dead_topic
@@ -27,17 +27,27 @@ from msgbus.errors import (
 from msgbus.urls import adapter_from_url
 from msgbus_redis import RedisAdapter
 
-BASE = os.environ.get("MSGBUS_TEST_REDIS_URL", "")
-URL = BASE.rpartition("/")[0] + "/9"  # a database of its own: it is emptied here
+pytestmark = pytest.mark.broker("redis")
 
-if not BASE and "MSGBUS_TEST_REQUIRE_BROKERS" not in os.environ:
-    pytest.skip("MSGBUS_TEST_REDIS_URL is not set", allow_module_level=True)
+
+class Made(list[RedisAdapter]):
+    """Adapters that a test opened, all at one URL."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Redis]:
+def url(running: Server) -> str:
+    """A database of its own: it is emptied here."""
+    return running.url.rpartition("/")[0] + "/9"
+
+
+@pytest.fixture
+async def server(url: str) -> AsyncIterator[Redis]:
     """The server, by the plain client; the database is empty."""
-    client = Redis.from_url(URL)
+    client = Redis.from_url(url)
     await client.flushdb()
     yield client
     await client.flushdb()
@@ -45,16 +55,16 @@ async def server() -> AsyncIterator[Redis]:
 
 
 @pytest.fixture
-async def made(server: Redis) -> AsyncIterator[list[RedisAdapter]]:
+async def made(url: str, server: Redis) -> AsyncIterator[Made]:
     """Adapters that a test opened, closed at its end."""
-    adapters: list[RedisAdapter] = []
+    adapters = Made(url)
     yield adapters
     for adapter in adapters:
         await adapter.close()
 
 
-async def opened(made: list[RedisAdapter], query: str = "lease=2") -> RedisAdapter:
-    adapter = adapter_from_url(f"{URL}?{query}", AdapterSettings())
+async def opened(made: Made, query: str = "lease=2") -> RedisAdapter:
+    adapter = adapter_from_url(f"{made.url}?{query}", AdapterSettings())
     assert isinstance(adapter, RedisAdapter)
     await adapter.open()
     made.append(adapter)
@@ -102,7 +112,7 @@ def bodies(taken: Sequence[Received]) -> list[int]:
 # ---------------------------------------------------------------- sending
 
 
-async def test_a_send_without_an_answer_is_unknown_and_stored_once(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_send_without_an_answer_is_unknown_and_stored_once(server: Redis, made: Made) -> None:
     """redis-py's client sends again what had no answer; here one try is made, and a second send of the id is recognised."""
     adapter = await opened(made)
     topic = await declared(adapter, "g")
@@ -118,7 +128,7 @@ async def test_a_send_without_an_answer_is_unknown_and_stored_once(server: Redis
     assert await server.xlen(f"{{{topic}}}") == 1
 
 
-async def test_a_cancelled_send_costs_its_connection_only(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_cancelled_send_costs_its_connection_only(server: Redis, made: Made) -> None:
     """The answer of a call that was cancelled is nobody else's."""
     adapter = await opened(made)
     topic = await declared(adapter, "g")
@@ -131,7 +141,7 @@ async def test_a_cancelled_send_costs_its_connection_only(server: Redis, made: l
     assert await adapter.shards(topic) is None
 
 
-async def test_out_of_memory_is_a_refusal_and_nothing_is_stored(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_out_of_memory_is_a_refusal_and_nothing_is_stored(server: Redis, made: Made) -> None:
     """`OOM` is `PublishRejected`; what is there can still be consumed."""
     adapter = await opened(made)
     topic = await declared(adapter, "g")
@@ -151,7 +161,7 @@ async def test_out_of_memory_is_a_refusal_and_nothing_is_stored(server: Redis, m
     assert (await adapter.depth(topic, "g")).ready == 0
 
 
-async def test_durability_is_waited_for(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_durability_is_waited_for(server: Redis, made: Made) -> None:
     """`fsync` waits for the append-only file where the server can say so, else it is refused; `replicated` without replicas is unknown."""
     replicated = await opened(made, "durability=replicated")
     topic = await declared(replicated, "g")
@@ -167,7 +177,7 @@ async def test_durability_is_waited_for(server: Redis, made: list[RedisAdapter])
         await sent(fsync, numbered(topic, 3))
 
 
-async def test_a_dead_letter_that_cannot_be_written_stays_with_its_source(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_dead_letter_that_cannot_be_written_stays_with_its_source(server: Redis, made: Made) -> None:
     """Scripts do not roll back: the write comes before the ack."""
     adapter = await opened(made)
     topic = await declared(adapter, "g")
@@ -189,7 +199,7 @@ async def test_a_dead_letter_that_cannot_be_written_stays_with_its_source(server
 # ---------------------------------------------------------------- holding
 
 
-async def test_what_is_held_for_longer_than_a_lease_stays_ours(made: list[RedisAdapter]) -> None:
+async def test_what_is_held_for_longer_than_a_lease_stays_ours(made: Made) -> None:
     """The lease is renewed while a message is handed out: a peer gets nothing, and no death is counted."""
     one, two = await opened(made, "lease=1"), await opened(made, "lease=1")
     topic = await declared(one, "g")
@@ -206,7 +216,7 @@ async def test_what_is_held_for_longer_than_a_lease_stays_ours(made: list[RedisA
     assert (again.envelope.id, again.crashes) == (held[2].envelope.id, 0)
 
 
-async def test_the_dead_are_found_without_new_traffic_and_counted(made: list[RedisAdapter]) -> None:
+async def test_the_dead_are_found_without_new_traffic_and_counted(made: Made) -> None:
     """After a lease a peer has what a dead process held, each time with one death more."""
     topic = ""
     for deaths in range(3):
@@ -220,7 +230,7 @@ async def test_the_dead_are_found_without_new_traffic_and_counted(made: list[Red
         adapter.abandon()
 
 
-async def test_own_pending_entries_come_first_and_at_once(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_own_pending_entries_come_first_and_at_once(server: Redis, made: Made) -> None:
     """What the server had given a read whose answer was lost is there when the process is back, without a wait and without a death."""
     adapter = await opened(made, "lease=60")
     topic = await declared(adapter, "g")
@@ -238,7 +248,7 @@ async def test_own_pending_entries_come_first_and_at_once(server: Redis, made: l
     assert {received.crashes for received in taken} == {0}
 
 
-async def test_a_zombie_neither_settles_nor_steals_back(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_zombie_neither_settles_nor_steals_back(server: Redis, made: Made) -> None:
     """What another consumer has claimed is lost to us: not renewed, not started, and our ack is late and settles nothing."""
     adapter = await opened(made, "lease=1")
     topic = await declared(adapter, "g")
@@ -258,7 +268,7 @@ async def test_a_zombie_neither_settles_nor_steals_back(server: Redis, made: lis
     assert left["consumer"] == b"another"
 
 
-async def test_consumers_that_hold_nothing_are_forgotten_at_close(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_consumers_that_hold_nothing_are_forgotten_at_close(server: Redis, made: Made) -> None:
     """A consumer that goes leaves no name behind, and takes no pending entry along."""
     adapter = await opened(made)
     topic = await declared(adapter, "g")
@@ -273,7 +283,7 @@ async def test_consumers_that_hold_nothing_are_forgotten_at_close(server: Redis,
     assert (depth.ready, depth.in_flight) == (1, 0)
 
 
-async def test_closing_does_not_wait_for_a_read(made: list[RedisAdapter]) -> None:
+async def test_closing_does_not_wait_for_a_read(made: Made) -> None:
     """A read that waits at the server is ended by the server, not cut off."""
     adapter = await opened(made)
     topic = await declared(adapter, "g")
@@ -287,7 +297,7 @@ async def test_closing_does_not_wait_for_a_read(made: list[RedisAdapter]) -> Non
     assert time.monotonic() - started < 0.5
 
 
-async def test_a_cancelled_receive_loses_nothing(made: list[RedisAdapter]) -> None:
+async def test_a_cancelled_receive_loses_nothing(made: Made) -> None:
     """However often, at whatever moment."""
     adapter = await opened(made, "lease=60")
     topic = await declared(adapter, "g")
@@ -314,7 +324,7 @@ async def test_a_cancelled_receive_loses_nothing(made: list[RedisAdapter]) -> No
 # ---------------------------------------------------------------- shards
 
 
-async def test_order_holds_when_a_shard_changes_hands(made: list[RedisAdapter]) -> None:
+async def test_order_holds_when_a_shard_changes_hands(made: Made) -> None:
     """A joining peer gets half of the shards, each after what the first had in hand was settled; a dead one's come in order, counted."""
     one = await opened(made, "lease=1&shards=4")
     topic = await declared(one, "g", keyed=True)
@@ -348,7 +358,7 @@ async def test_order_holds_when_a_shard_changes_hands(made: list[RedisAdapter]) 
     assert {received.crashes for received in rest} == {1}
 
 
-async def test_a_lost_shard_is_not_read_by_its_former_owner(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_lost_shard_is_not_read_by_its_former_owner(server: Redis, made: Made) -> None:
     """The read looks at the lease: who was away for longer gets nothing more, and its acks are late."""
     adapter = await opened(made, "lease=2&shards=1")
     topic = await declared(adapter, "g", keyed=True)
@@ -369,7 +379,7 @@ async def test_a_lost_shard_is_not_read_by_its_former_owner(server: Redis, made:
 # ---------------------------------------------------------------- streams
 
 
-async def test_nothing_is_trimmed_that_a_group_has_not_done(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_nothing_is_trimmed_that_a_group_has_not_done(server: Redis, made: Made) -> None:
     """What all groups are done with goes; what one has pending, or has not read, stays."""
     adapter = await opened(made)
     topic = await declared(adapter, "fast", "slow")
@@ -391,7 +401,7 @@ async def test_nothing_is_trimmed_that_a_group_has_not_done(server: Redis, made:
     await until(lambda: holds(0))
 
 
-async def test_a_flush_is_noticed_and_work_goes_on(server: Redis, made: list[RedisAdapter], caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_flush_is_noticed_and_work_goes_on(server: Redis, made: Made, caplog: pytest.LogCaptureFixture) -> None:
     """FLUSHALL, or a deleted stream, under a waiting receiver, ordered or not: the group is made again, at the beginning."""
     adapter = await opened(made)
     for exclusive in (False, True):
@@ -408,9 +418,7 @@ async def test_a_flush_is_noticed_and_work_goes_on(server: Redis, made: list[Red
         await receiver.close()
 
 
-async def test_entries_that_others_destroyed_are_reported(
-    server: Redis, made: list[RedisAdapter], caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_entries_that_others_destroyed_are_reported(server: Redis, made: Made, caplog: pytest.LogCaptureFixture) -> None:
     """A pending entry whose message somebody trimmed is no message: said, settled, and nothing hangs on it."""
     one, two = await opened(made, "lease=1"), await opened(made, "lease=1")
     topic = await declared(one, "g")
@@ -426,7 +434,7 @@ async def test_entries_that_others_destroyed_are_reported(
     assert (await server.xpending(f"{{{topic}}}", "g"))["pending"] == 1
 
 
-async def test_foreign_entries_are_tolerated(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_foreign_entries_are_tolerated(server: Redis, made: Made) -> None:
     """An XADD by others, with or without our fields, arrives, with an id of the broker's where it has none."""
     adapter = await opened(made)
     topic = await declared(adapter, "g")
@@ -445,7 +453,7 @@ async def test_foreign_entries_are_tolerated(server: Redis, made: list[RedisAdap
     assert odd.body == b"x"
 
 
-async def test_a_key_of_another_kind_is_named(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_key_of_another_kind_is_named(server: Redis, made: Made) -> None:
     """What stands under our name and is no stream fails the declaration, and is not touched."""
     adapter = await opened(made)
     await server.set("{taken}", "text")
@@ -459,7 +467,7 @@ async def test_a_key_of_another_kind_is_named(server: Redis, made: list[RedisAda
         await adapter.declare([TopicSpec("other")], [ReceiverSpec("other", "g")])
 
 
-async def test_a_private_receiver_is_spared_by_trims(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_private_receiver_is_spared_by_trims(server: Redis, made: Made) -> None:
     """What a group is done with at once is still there for a private reader that is a moment behind."""
     adapter = await opened(made, "lease=10")
     topic = await declared(adapter, "g")
@@ -478,9 +486,9 @@ async def test_a_private_receiver_is_spared_by_trims(server: Redis, made: list[R
 # ---------------------------------------------------------------- opening
 
 
-async def test_who_is_not_let_in_is_told_so() -> None:
+async def test_who_is_not_let_in_is_told_so(url: str) -> None:
     """Wrong credentials, nobody there: a clear error that shows no password."""
-    wrong = adapter_from_url(URL.replace("redis://", "redis://somebody:hunter2@"), AdapterSettings())
+    wrong = adapter_from_url(url.replace("redis://", "redis://somebody:hunter2@"), AdapterSettings())
     with pytest.raises(AuthenticationFailed) as refused:
         await wrong.open()
     absent = adapter_from_url("redis://:hunter2@127.0.0.1:1/0", AdapterSettings())
@@ -490,7 +498,7 @@ async def test_who_is_not_let_in_is_told_so() -> None:
         assert "hunter2" not in text
 
 
-async def test_a_server_that_may_lose_is_named(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_server_that_may_lose_is_named(server: Redis, made: Made) -> None:
     """`explain` says what the server may lose, and `require_durable` refuses it."""
     await server.config_set("maxmemory-policy", "allkeys-lru")
     try:
@@ -502,7 +510,7 @@ async def test_a_server_that_may_lose_is_named(server: Redis, made: list[RedisAd
         await server.config_set("maxmemory-policy", "noeviction")
 
 
-async def test_a_lost_connection_is_replaced(server: Redis, made: list[RedisAdapter]) -> None:
+async def test_a_lost_connection_is_replaced(server: Redis, made: Made) -> None:
     """CLIENT KILL of all ours: the receiver says so, the next call connects, and nothing is lost or counted as a death."""
     adapter = await opened(made, "lease=60")
     topic = await declared(adapter, "g")

@@ -119,7 +119,8 @@ class ReceiverSpec:
 
 
 class Tenure:
-    """Our hold on a channel, partition or shard: one object for all the messages that came by it. The core reads it before each start.
+    """Our hold on a channel, partition or shard: one object for all the messages that came by it. The adapter alone writes it; the core
+    reads it before each start.
 
     `draining`: others wait for it; finish what runs, start nothing, release the rest. `lost`: it is no longer ours; settling is moot.
     """

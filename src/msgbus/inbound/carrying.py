@@ -168,7 +168,7 @@ class Carrier:
         job.outcome = None
         with hand.leaves(job):
             for source, received in [(job.source, job.received), *(job.twins or ())]:
-                if not received.tenure.lost:
+                if not (source.closed or received.tenure.lost):
                     await self.bounded(source.receiver.release(received))
         for source, _ in job.twins or ():
             source.held -= 1

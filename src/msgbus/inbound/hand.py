@@ -139,7 +139,7 @@ class Hand:
                 twin_source.held -= 1
         if self.lanes is not None and envelope.key is not None:
             following = self.lanes.leave(envelope.key)
-            while following is not None and following.received.tenure.lost:  # it must come again behind what comes again before it
+            while following is not None and following.lost:  # it must come again behind what comes again before it
                 self._drop(following)
                 following = self.lanes.leave(envelope.key)
             if following is not None:
@@ -170,11 +170,6 @@ class Hand:
     def all(self) -> list[Job]:
         """Everything in hand, oldest first."""
         return list(self._jobs.values())
-
-    def lose(self) -> None:
-        """Its receivers are closing: what is not started must not start, for it comes again, here or elsewhere."""
-        for job in (*self._jobs.values(), *self._leaving, *self.waiting):
-            job.received.tenure.lost = True
 
     def forget(self) -> None:
         """Forgets all that is in hand: nothing runs, and the receivers that gave it are to be closed."""

@@ -90,7 +90,8 @@ class Intake:
     async def close(self) -> None:
         """Closes the receivers; what they had handed out and not settled returns to the group."""
         sources, self._sources = self._sources, []
-        self._hand.lose()
+        for source in sources:
+            source.closed = True
         await asyncio.gather(*(self._carrier.bounded(source.receiver.close()) for source in sources))
         for source in sources:
             self._hand.counts["stale_acks"] += source.receiver.stale_acks

@@ -13,7 +13,7 @@ from msgbus.contract.outcome import Outcome
 class Source:
     """An open receiver of a subscription, one a priority level, and how much of its window is taken."""
 
-    __slots__ = ("active", "asked", "calm", "held", "level", "ready", "receiver", "room", "share", "siblings", "window")
+    __slots__ = ("active", "asked", "calm", "closed", "held", "level", "ready", "receiver", "room", "share", "siblings", "window")
 
     def __init__(self, receiver: Receiver, level: Priority, window: int, share: int, ready: deque[Job]) -> None:
         self.receiver = receiver
@@ -34,6 +34,8 @@ class Source:
         """Messages handed out by it and not settled."""
         self.room: asyncio.Future[bool] | None = None
         """Set while its pump waits for room."""
+        self.closed = False
+        """Its receiver is closed, or about to be: what it handed out and is not settled comes again, here or elsewhere."""
         self.calm = 0
         """In quarantine: deliveries in a row that were no suspects."""
 
@@ -62,6 +64,11 @@ class Job:
         """When a run in this process failed first, in seconds since the epoch."""
         self.outcome: Outcome | None = None
         """What is decided and could not be carried out yet: the handler is not run again for it."""
+
+    @property
+    def lost(self) -> bool:
+        """It comes again, here or elsewhere: it must not start, and settling it is moot."""
+        return self.received.tenure.lost or self.source.closed
 
 
 def runs_before(envelope: Envelope) -> int:

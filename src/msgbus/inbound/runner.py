@@ -285,8 +285,7 @@ class Runner:
                 await hand.idle()
                 continue
             job = hand.ready.take()
-            tenure = job.received.tenure
-            if tenure.lost or tenure.draining:
+            if job.lost or job.received.tenure.draining:
                 await self._carrier.release(job)
                 continue
             if job.envelope.expires_at is not None and hand.expired(job):
@@ -343,7 +342,7 @@ class Runner:
                 await hand.idle_until(deadline)
                 continue
             job = hand.ready.take()
-            if job.received.tenure.lost or job.received.tenure.draining:
+            if job.lost or job.received.tenure.draining:
                 await self._carrier.release(job)
             elif job.outcome is not None:
                 await self._carrier.carry_out(job, job.outcome)
@@ -356,8 +355,7 @@ class Runner:
         hand = self._hand
         found: list[Job] = []
         for job in jobs:
-            tenure = job.received.tenure
-            if tenure.lost or tenure.draining or (hand.limit == 0 and hand.lanes is None):
+            if job.lost or job.received.tenure.draining or (hand.limit == 0 and hand.lanes is None):
                 await self._carrier.release(job)
             elif not hand.expired(job):
                 found.append(job)

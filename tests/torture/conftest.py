@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable
+from importlib.metadata import entry_points
 from urllib.parse import urlsplit
 
 import pytest
+from tests import brokers
 
 from msgbus.contract.address import shard_of
 from msgbus.testing.stage import Broker, Stage
@@ -20,15 +22,18 @@ Figure = Callable[[str, object], None]
 
 
 def broker_called(name: str) -> Broker:
-    """The broker of this name; skips, saying why, where it is not to be had."""
+    """The broker of this name; where it is not to be had, skips, saying why, or fails in CI."""
     if not os.environ.get(ASKED):
         pytest.skip("real processes are killed by `make torture` only")
-    variable = f"MSGBUS_TEST_{name.upper()}_URL"
-    url = os.environ.get(variable)
-    if not url:
-        pytest.skip(f"{variable} is not set")
+    try:
+        url = brokers.server(name).url
+    except brokers.Unavailable as why:
+        (pytest.fail if brokers.required() else pytest.skip)(str(why))
+    scheme = urlsplit(url).scheme
+    if scheme not in entry_points(group="msgbus.adapters").names:
+        pytest.skip(f"no adapter for {scheme}:// is installed")
     partition = shard_of
-    if urlsplit(url).scheme.startswith("kafka"):
+    if name == "kafka":
         from msgbus_kafka.records import partition_of as partition
     return Broker(url, shard_of=partition)
 
@@ -61,10 +66,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The figures, a measure a line and a broker a column."""
     if not _figures:
         return
-    brokers = [name for name in NAMES if any(row[0] == name for row in _figures)]
+    named = [name for name in NAMES if any(row[0] == name for row in _figures)]
     rows = list(dict.fromkeys(what for _, what, _ in _figures))
-    table = [["", *brokers]] + [
-        [what, *(", ".join(v for b, w, v in _figures if (b, w) == (broker, what)) for broker in brokers)] for what in rows
+    table = [["", *named]] + [
+        [what, *(", ".join(v for b, w, v in _figures if (b, w) == (broker, what)) for broker in named)] for what in rows
     ]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     terminalreporter.section("figures")

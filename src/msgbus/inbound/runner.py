@@ -34,6 +34,8 @@ log = logging.getLogger("msgbus")
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 """Between tries to reach a broker that is away."""
+LONGEST_PAUSE_AT_WORK = 1.0
+"""The same, when handlers ran since the last try: the broker is there, and only the link breaks."""
 LONGEST_OPENING = 30.0
 """Seconds that opening the receivers may take; then the broker counts as away."""
 STEADY = 10.0
@@ -176,7 +178,7 @@ class Runner:
                     pause = await self._back_off(error, pause)
                 continue
             self.opened.set()
-            started = self._loop.time()
+            started, runs = self._loop.time(), self._runs
             self._state = "running"
             self.problem = None
             self._refresh()
@@ -187,7 +189,10 @@ class Runner:
                 await self._settle_down()
             await self._intake.close()
             if lost is not None and not self._stopped():
-                pause = FIRST_PAUSE if self._loop.time() - started > STEADY else pause
+                if self._loop.time() - started > STEADY:
+                    pause = FIRST_PAUSE
+                elif self._runs > runs:
+                    pause = min(pause, LONGEST_PAUSE_AT_WORK)
                 pause = await self._back_off(lost, pause)
 
     async def _open(self) -> None:

@@ -1,0 +1,51 @@
+"""A link that breaks again and again, and carries messages in between: work goes on at a pace."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from msgbus import Bus, Topic
+from msgbus.contract.adapter import AdapterSettings, Received
+from msgbus.errors import BrokerUnavailable
+from msgbus.inbound import runner
+from msgbus.testing.faults import FaultyAdapter, FaultyReceiver
+from msgbus.urls import adapter_from_url
+
+WORK = Topic("work", int)
+
+
+class BreaksAfterABatch(FaultyReceiver):
+    """Its link holds for one message."""
+
+    async def receive(self, limit: int, timeout: float) -> list[Received]:
+        if self.received:
+            while not self.acked:
+                await asyncio.sleep(0)
+            raise BrokerUnavailable("the link broke (a test)")
+        return await super().receive(1, timeout)
+
+
+async def test_the_pause_does_not_grow_while_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause that doubled with each of 30 losses would not end: one that follows work is short, however often the link was lost."""
+    monkeypatch.setattr(runner, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(runner, "LONGEST_PAUSE_AT_WORK", 0.01)
+    monkeypatch.setattr(runner, "LONGEST_PAUSE", 1e9)
+    adapter = FaultyAdapter(adapter_from_url("memory://", AdapterSettings()))
+    adapter.make_receiver = BreaksAfterABatch
+    bus = Bus(adapter=adapter, service="worker")
+    done: set[int] = set()
+    all_done = asyncio.Event()
+
+    @bus.subscribe(WORK)
+    async def work(number: int) -> None:
+        done.add(number)
+        if len(done) == 30:
+            all_done.set()
+
+    async with bus.running():
+        await bus.publish_many(WORK, range(30))
+        async with asyncio.timeout(10):
+            await all_done.wait()
+    assert len(adapter.receivers) >= 30

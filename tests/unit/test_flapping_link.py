@@ -11,6 +11,7 @@ from msgbus.contract.adapter import AdapterSettings, Received
 from msgbus.errors import BrokerUnavailable
 from msgbus.inbound import runner
 from msgbus.testing.faults import FaultyAdapter, FaultyReceiver
+from msgbus.testing.stage import eventually
 from msgbus.urls import adapter_from_url
 
 WORK = Topic("work", int)
@@ -21,8 +22,7 @@ class BreaksAfterABatch(FaultyReceiver):
 
     async def receive(self, limit: int, timeout: float) -> list[Received]:
         if self.received:
-            while not self.acked:
-                await asyncio.sleep(0)
+            await eventually(lambda: self.acked)
             raise BrokerUnavailable("the link broke (a test)")
         return await super().receive(1, timeout)
 

@@ -7,27 +7,18 @@ published with a delay. `orders.billing.dead` is the group's dead letters.
 
 from __future__ import annotations
 
-from msgbus.contract.envelope import PRIORITIES, Priority
+from msgbus.contract.envelope import Envelope
 
 SOON = ".soon"
 DEAD = ".dead"
 
-Levels = tuple[Priority, ...]
 
-ONE_LEVEL: Levels = ("normal",)
-
-
-def levels(priorities: bool) -> Levels:
-    """The priorities that a topic keeps apart."""
-    return PRIORITIES if priorities else ONE_LEVEL
-
-
-def stream(topic: str, level: Priority = "normal") -> str:
+def stream(topic: str, level: str = "normal") -> str:
     """The Kafka topic of one priority of a topic."""
     return topic if level == "normal" else f"{topic}.{level}"
 
 
-def group_id(topic: str, group: str, level: Priority = "normal") -> str:
+def group_id(topic: str, group: str, level: str = "normal") -> str:
     """The consumer group of one priority of a group."""
     return stream(f"{topic}.{group}", level)
 
@@ -45,3 +36,14 @@ def history_id(topic: str) -> str:
 def is_dead(topic: str) -> bool:
     """Whether a name is that of a group's dead letters."""
     return topic.endswith(DEAD)
+
+
+def destination(envelope: Envelope) -> str:
+    """The Kafka topic that an envelope goes to."""
+    topic = envelope.topic
+    if envelope.group is not None:
+        return group_id(topic, envelope.group, envelope.priority) + SOON
+    if is_dead(topic):
+        return topic
+    base = topic if envelope.priority == "normal" else stream(topic, envelope.priority)
+    return base + SOON if envelope.delay > 0 else base

@@ -23,7 +23,6 @@ DUE_AT = "msgbus-due-at"
 PRIORITY = "msgbus-priority"
 _USERS = "msgbus-header-"  # in front of a user's header that would be taken for an attribute
 _DEAD_AT = "msgbus-dlq-dead-at"
-
 _LEVELS: dict[bytes, Priority] = {level.encode(): level for level in PRIORITIES}
 
 
@@ -48,9 +47,7 @@ def _written(name: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _read(name: str) -> str:
-    if name.startswith("ce_"):
-        return CE + name[3:]
-    return name.removeprefix(_USERS)
+    return CE + name[3:] if name.startswith("ce_") else name.removeprefix(_USERS)
 
 
 @lru_cache(maxsize=16384)
@@ -63,6 +60,10 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def _text(value: bytes | None) -> str:
+    return "" if value is None else value.decode("utf-8", "surrogateescape")
+
+
 def key_of(envelope: Envelope) -> bytes | None:
     """The record's key."""
     return None if envelope.key is None else _bytes(envelope.key)
@@ -70,9 +71,8 @@ def key_of(envelope: Envelope) -> bytes | None:
 
 def headers_of(envelope: Envelope, now: float) -> Headers:
     """The record's headers; `now` is added to the delay."""
-    headers: Headers = [(ID, _bytes(envelope.id))]
-    for name, value in envelope.headers.items():
-        headers.append((_written(name), value.encode("utf-8", "surrogateescape")))
+    headers: Headers = [(_written(name), value.encode("utf-8", "surrogateescape")) for name, value in envelope.headers.items()]
+    headers.append((ID, _bytes(envelope.id)))
     if envelope.expires_at is not None:
         headers.append((EXPIRES_AT, repr(envelope.expires_at).encode()))
     if envelope.delay > 0:
@@ -88,58 +88,36 @@ def dead_key(envelope: Envelope) -> bytes:
 
 def dead_headers(envelope: Envelope, now: float) -> Headers:
     """The headers of a dead letter, whose key is not its message's."""
-    headers = headers_of(envelope, now)
+    headers = [*headers_of(envelope, now), (PRIORITY, envelope.priority.encode())]
     if envelope.key is not None:
         headers.append((KEY, _bytes(envelope.key)))
-    if envelope.priority != "normal":
-        headers.append((PRIORITY, envelope.priority.encode()))
     return headers
 
 
-def read(record: Record, topic: str, group: str | None, priority: Priority | None) -> tuple[Envelope, float]:
-    """The envelope of a record of a topic or of a group's own way, and the moment it is due: 0.0 at once.
-
-    `priority` None: a dead letter, which says its own, and its key.
-    """
+def read(record: Record, topic: str, group: str | None, priority: Priority) -> tuple[Envelope, float]:
+    """The envelope of a record of a topic or of a group's own way, and the moment it is due: 0.0 at once."""
     headers: dict[str, str] = {}
-    message_id = ""
-    expires_at: float | None = None
-    due_at = 0.0
-    raw_key = record.key
-    level = priority or "normal"
     for name, value in record.headers:
-        if name == ID:
-            message_id = _text(value)
-        elif name == EXPIRES_AT:
-            expires_at = _moment(value)
-        elif name == DUE_AT:
-            due_at = _moment(value) or 0.0
-        elif name == PRIORITY and priority is None:
-            level = _LEVELS.get(value or b"", "normal")
-        elif name != KEY or priority is not None:
-            headers[_read(name)] = _text(value)
-    if priority is None:
-        raw_key = next((value for name, value in record.headers if name == KEY), None)
-    envelope = Envelope(
-        message_id or f"{record.topic}/{record.partition}/{record.offset}",
-        topic,
-        record.value or b"",
-        headers,
-        None if raw_key is None else raw_key.decode("utf-8", "surrogateescape"),
-        group,
-        level,
-        0.0,
-        expires_at,
-    )
-    return envelope, due_at
+        headers[_read(name)] = "" if value is None else value.decode("utf-8", "surrogateescape")
+    message_id = headers.pop("ce-id", "") or f"{record.topic}/{record.partition}/{record.offset}"
+    headers.pop("ce-partitionkey", None)
+    expires_at = _moment(headers.pop(EXPIRES_AT)) if EXPIRES_AT in headers else None
+    due_at = _moment(headers.pop(DUE_AT)) or 0.0 if DUE_AT in headers else 0.0
+    key = None if record.key is None else record.key.decode("utf-8", "surrogateescape")
+    return Envelope(message_id, topic, record.value or b"", headers, key, group, priority, 0.0, expires_at), due_at
 
 
-def _text(value: bytes | None) -> str:
-    return "" if value is None else value.decode("utf-8", "surrogateescape")
+def read_dead(record: Record, topic: str) -> Envelope:
+    """The envelope of a dead letter, which says its own priority, and its message's key."""
+    own = dict(record.headers)
+    found, _ = read(record, topic, None, _LEVELS.get(own.get(PRIORITY) or b"", "normal"))
+    headers = {name: value for name, value in found.headers.items() if name != PRIORITY}
+    key = _text(own[KEY]) if KEY in own else None
+    return Envelope(found.id, topic, found.body, headers, key, None, found.priority, 0.0, found.expires_at)
 
 
-def _moment(value: bytes | None) -> float | None:
+def _moment(text: str) -> float | None:
     try:
-        return float(value or b"")
+        return float(text)
     except ValueError:
         return None

@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from aiokafka import AIOKafkaClient
-from aiokafka.protocol.produce import ProduceRequest
+from aiokafka import TopicPartition
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from msgbus.contract.adapter import SendOutcome
-from msgbus.errors import BrokerError, BrokerUnavailable, PublishUnknown
-from msgbus_kafka.cluster import abort_client
-from msgbus_kafka.errors import CLIENT_ERRORS, produced, translate
-from msgbus_kafka.records import Headers
+from msgbus.contract.envelope import HEADROOM, Envelope
+from msgbus.errors import BrokerError, BrokerUnavailable, MessageTooLarge, MsgbusError, PublishRejected, PublishUnknown
+from msgbus_kafka.cluster import Cluster
+from msgbus_kafka.errors import produced
+from msgbus_kafka.names import SOON, destination, is_dead
+from msgbus_kafka.records import Headers, dead_headers, dead_key, headers_of, key_of, partition_of
 
+MAX_DELAY = 120.0
+"""Seconds. A log of mixed delays is read far ahead of what is due: so far that none is late by more."""
 BATCH = 512 * 1024
 """Bytes of one batch; what is larger alone goes alone."""
+RUN = 16
+"""Messages without a key that go to one partition together, when a call has many."""
 TOO_LARGE = 10
 
-Tell = Callable[[int, SendOutcome], None]
 
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A record to be produced. `number` names it in its outcome."""
+class Outgoing(NamedTuple):
+    """A record to be produced, and the number of its outcome."""
 
     number: int
     message_id: str
@@ -41,127 +43,129 @@ class Outgoing:
     headers: Headers
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    topic: str
-    partition: int
-    members: Sequence[Outgoing]
-    written: bytes
-
-
 class Sender:
-    """The connection for producing, made at the first call and again when it was given up."""
+    """Sends for one open adapter. `body`: bytes that a message may have."""
 
-    def __init__(self, options: Mapping[str, Any], forget: Callable[[str], None]) -> None:
-        self._options = options
-        self._forget = forget
-        self._client: AIOKafkaClient | None = None
-        self._connecting = asyncio.Lock()
-        self._closed = False
+    def __init__(self, cluster: Cluster, body: int) -> None:
+        self._cluster = cluster
+        self._body = body
+        self._turn = 0
+        self._leaders: dict[str, list[int]] = {}
 
-    async def send(self, outgoing: Mapping[tuple[int, str, int], Sequence[Outgoing]], deadline: float, tell: Tell) -> None:
-        """Produces records by (leader, topic, partition), and tells the outcome of each that is not stored by `deadline` (loop time)."""
-        now = int(time.time() * 1000)
-        rest = {place: list(records) for place, records in outgoing.items()}
-        while rest:  # one round, but for what does not fit into a batch: that follows, so that order holds
-            by_node: dict[int, list[_Batch]] = {}
-            for (node, topic, partition), records in list(rest.items()):
-                count, written = _write(records, now)
-                by_node.setdefault(node, []).append(_Batch(topic, partition, records[:count], written))
-                del records[:count]
-                if not records:
-                    del rest[node, topic, partition]
-            if len(by_node) == 1:
-                ((node, batches),) = by_node.items()
-                await self._produce(node, batches, deadline, tell)
+    async def send(self, envelopes: Sequence[Envelope], timeout: float) -> list[SendOutcome]:
+        """As `Adapter.send`."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        outcomes: list[SendOutcome] = [None] * len(envelopes)
+        names = [destination(envelope) for envelope in envelopes]
+        if not self._leaders.keys() >= set(names):
+            problem = await self._look_up(dict(zip(names, envelopes, strict=True)), deadline)
+            if problem is not None:
+                return [problem for _ in envelopes]
+        now = time.time()
+        self._turn += 1
+        together = RUN if len(envelopes) >= 2 * RUN else 1
+        queues: dict[TopicPartition, list[Outgoing]] = defaultdict(list)
+        for number, (envelope, name) in enumerate(zip(envelopes, names, strict=True)):
+            dead = is_dead(envelope.topic)
+            problem = self._refusal(envelope, name, self._body + (HEADROOM if dead or envelope.group is not None else 0))
+            if problem is not None:
+                outcomes[number] = problem
+                continue
+            partitions = len(self._leaders[name])
+            if envelope.key is not None:
+                partition = partition_of(envelope.key, partitions)
             else:
-                await asyncio.gather(*(self._produce(node, batches, deadline, tell) for node, batches in by_node.items()))
+                partition = (self._turn + number // together) % partitions
+            key, headers = (dead_key(envelope), dead_headers(envelope, now)) if dead else (key_of(envelope), headers_of(envelope, now))
+            queues[TopicPartition(name, partition)].append(Outgoing(number, envelope.id, key, envelope.body, headers))
+        await self._produce(queues, outcomes, deadline)
+        return outcomes
 
-    async def _produce(self, node: int, batches: Sequence[_Batch], deadline: float, tell: Tell) -> None:
-        loop = asyncio.get_running_loop()
-        client: AIOKafkaClient | None = None
+    async def bury(self, topic: str, keys: Sequence[bytes], timeout: float) -> list[bytes]:
+        """Writes tombstones of dead letters; returns the keys that it could not write them for."""
+        outcomes: list[SendOutcome] = [None] * len(keys)
+        deadline = asyncio.get_running_loop().time() + timeout
+        queue = [Outgoing(number, "", key, None, []) for number, key in enumerate(keys)]
+        try:
+            self._leaders.update(await self._cluster.leaders([topic]))
+        except MsgbusError:
+            return [*keys]
+        await self._produce({TopicPartition(topic, 0): queue}, outcomes, deadline)
+        return [key for key, outcome in zip(keys, outcomes, strict=True) if outcome is not None]
+
+    def forget(self, name: str) -> None:
+        """The topic may be gone, or led by another broker."""
+        self._leaders.pop(name, None)
+
+    async def _look_up(self, wanted: dict[str, Envelope], deadline: float) -> SendOutcome:
+        """Who leads these topics, and whether the groups that are sent to exist: their topics may outlive them for a moment."""
         try:
             async with asyncio.timeout_at(deadline):
-                client = await self._connected()
-                if not await client.ready(node):
-                    raise ConnectionError(f"no connection to Kafka node {node}")
-        except CLIENT_ERRORS as error:
-            if isinstance(error, TimeoutError) and client is not None:
-                self._give_up(client)
-            problem = translate(error, "connecting to produce")
-            for record in _members(batches):
-                tell(record.number, problem if isinstance(problem, BrokerError) else BrokerUnavailable(str(problem)))
-            return
-        topics: dict[str, list[tuple[int, bytes]]] = {}
-        for batch in batches:
-            topics.setdefault(batch.topic, []).append((batch.partition, batch.written))
-        patience = max(1, int((deadline - loop.time()) * 1000))
-        try:
-            async with asyncio.timeout_at(deadline):
-                response = await client.send(node, ProduceRequest(None, -1, patience, list(topics.items())))
-        except CLIENT_ERRORS as error:
-            if isinstance(error, TimeoutError):  # a link that is dead may never say so
-                self._give_up(client)
-            said = "no answer in time" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
-            for record in _members(batches):
-                tell(record.number, PublishUnknown(record.message_id, said))
-            return
-        codes = {(topic, partition): code for topic, partitions in response.topics for partition, code, *_ in partitions}
-        for batch in batches:
-            code = codes.get((batch.topic, batch.partition), -1)
-            if code == TOO_LARGE and len(batch.members) > 1:  # the topic takes less than a batch: nothing of it is stored
-                for record in batch.members:
-                    alone = _Batch(batch.topic, batch.partition, [record], _write([record], int(time.time() * 1000))[1])
-                    await self._produce(node, [alone], deadline, tell)
-            elif code:
-                self._forget(batch.topic)
-                for record in batch.members:
-                    tell(record.number, produced(code, record.message_id, batch.topic))
+                found = await self._cluster.leaders(wanted)
+                for name, envelope in wanted.items():
+                    if envelope.group is not None and name in found and not await self._cluster.committed(name.removesuffix(SOON)):
+                        del found[name]
+        except TimeoutError:
+            self._cluster.drop()
+            return BrokerUnavailable("Kafka did not say in time who leads")
+        except MsgbusError as error:
+            return error if isinstance(error, BrokerError) else PublishRejected(str(error))
+        self._leaders.update(found)
+        return None
 
-    async def _connected(self) -> AIOKafkaClient:
-        async with self._connecting:
-            if self._closed:
-                raise ConnectionError("the Kafka adapter is closed")
-            if self._client is None:
-                client = AIOKafkaClient(**self._options)
-                try:
-                    await client.bootstrap()
-                except BaseException:
-                    abort_client(client)
-                    raise
-                self._client = client
-            return self._client
+    def _refusal(self, envelope: Envelope, name: str, room: int) -> SendOutcome:
+        if name not in self._leaders:
+            return PublishRejected(f"message {envelope.id!r}: there is no Kafka topic {name!r}; declare it first")
+        if len(envelope.body) > room:
+            return MessageTooLarge(f"message {envelope.id!r}: a body of {len(envelope.body)} bytes; Kafka takes {room} here")
+        if envelope.delay > MAX_DELAY:
+            return PublishRejected(f"message {envelope.id!r}: a delay of {envelope.delay:g} s; at most {MAX_DELAY:g} s")
+        return None
 
-    def _give_up(self, client: AIOKafkaClient) -> None:
-        if self._client is client:
-            self._client = None
-        abort_client(client)
-
-    async def close(self, seconds: float) -> None:
-        """Bounded in time; what has no answer yet is unknown."""
-        self._closed = True
-        client, self._client = self._client, None
-        if client is not None:
-            try:
-                async with asyncio.timeout(seconds):
-                    await client.close()
-            except CLIENT_ERRORS:
-                abort_client(client)
-
-    def abort(self) -> None:
-        """As the death of the process would."""
-        self._closed = True
-        client, self._client = self._client, None
-        if client is not None:
-            abort_client(client)
+    async def _produce(self, queues: dict[TopicPartition, list[Outgoing]], outcomes: list[SendOutcome], deadline: float) -> None:
+        """In rounds, of which there is one where everything fits into a batch a partition."""
+        alone: set[TopicPartition] = set()
+        while queues:
+            counts: dict[TopicPartition, int] = {}
+            by_node: dict[int, dict[TopicPartition, bytes]] = defaultdict(dict)
+            for place, queue in queues.items():
+                leaders = self._leaders.get(place.topic) or [-1] * (place.partition + 1)
+                counts[place], by_node[leaders[place.partition]][place] = _batch(queue[:1] if place in alone else queue)
+            answers = [self._cluster.produce(node, batches, deadline) for node, batches in by_node.items()]
+            results = await asyncio.gather(*answers) if len(answers) > 1 else [await answers[0]]
+            for place, answer in [found for result in results for found in result.items()]:
+                queue, count = queues[place], counts[place]
+                if answer == TOO_LARGE and count > 1:  # the topic takes less than a batch: nothing of it is stored
+                    alone.add(place)
+                    continue
+                if answer:
+                    if isinstance(answer, int | BrokerUnavailable):  # another may lead it now
+                        self.forget(place.topic)
+                    for record in queue[:count]:
+                        outcomes[record.number] = _problem(answer, record.message_id, place.topic)
+                    if not isinstance(
+                        outcomes[queue[0].number], MessageTooLarge | PublishRejected
+                    ):  # what comes behind must not overtake it
+                        for record in queue[count:]:
+                            outcomes[record.number] = BrokerUnavailable(f"message {record.message_id!r}: one before it was not confirmed")
+                        count = len(queue)
+                del queue[:count]
+                if not queue:
+                    del queues[place]
 
 
-def _members(batches: Sequence[_Batch]) -> list[Outgoing]:
-    return [record for batch in batches for record in batch.members]
+def _problem(answer: int | Exception, message_id: str, topic: str) -> SendOutcome:
+    if isinstance(answer, int):
+        return produced(answer, message_id, topic)
+    if isinstance(answer, BrokerUnavailable):
+        return answer
+    said = "no answer in time" if isinstance(answer, TimeoutError) else f"{type(answer).__name__}: {answer}"
+    return PublishUnknown(message_id, said)
 
 
-def _write(records: Sequence[Outgoing], now: int) -> tuple[int, bytes]:
-    """How many records fit into the batch, and the batch."""
+def _batch(records: Sequence[Outgoing]) -> tuple[int, bytes]:
+    """How many of the records fit into one batch, and the batch."""
+    now = int(time.time() * 1000)
     builder = DefaultRecordBatchBuilder(
         magic=2, compression_type=0, is_transactional=0, producer_id=-1, producer_epoch=-1, base_sequence=0, batch_size=BATCH
     )

@@ -9,72 +9,64 @@ for another round when it is done.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from aiokafka import TopicPartition
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 
-NAME = "msgbus"
+Claims = tuple[int, Mapping[TopicPartition, tuple[bool, bool]]]
+"""What a member says when it joins: its generation, and of its partitions whether it wants to keep and whether it has them in hand."""
 
-Places = set[TopicPartition]
-
-
-class Owner(Protocol):
-    """What a member says of itself when it joins."""
-
-    def claims(self) -> tuple[int, Places, Places]:
-        """Its generation (0: it was thrown out and owns nothing), the partitions that it wants to keep, those that it has in hand."""
-        ...
-
-    def told(self, let_go: Places) -> None:
-        """Which of its partitions are another's as soon as it has let go of them."""
-        ...
+_NOBODY = (0, "", False, False)
 
 
 class Sharing:
     """An assignor of aiokafka, one a consumer."""
 
-    name = NAME
+    name = "msgbus"
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+    def __init__(self, claims: Callable[[], Claims]) -> None:
+        self._claims = claims
+        self.let_go: set[TopicPartition] = set()
+        """Of the last round: those of our partitions that are another's as soon as we have let go of them."""
 
     def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
         """What goes to the one who shares out."""
-        generation, keeps, holds = self._owner.claims()
-        said = json.dumps({"generation": generation, "keeps": _packed(keeps), "holds": _packed(holds)})
-        return ConsumerProtocolMemberMetadata(0, sorted(topics), said.encode())
+        return ConsumerProtocolMemberMetadata(0, sorted(topics), _written(*self._claims()))
 
     def assign(self, cluster: Any, members: Mapping[str, ConsumerProtocolMemberMetadata]) -> dict[str, ConsumerProtocolMemberAssignment]:
-        """The shares of all, and what each must let go of."""
+        """The shares of all, and what each must let go of. `cluster` is aiokafka's, which has no types."""
         topics: dict[str, list[str]] = defaultdict(list)
+        owners: dict[TopicPartition, tuple[int, str, bool, bool]] = {}
         for member in sorted(members):
             for topic in members[member].subscription:
                 topics[topic].append(member)
+            generation, owned = _read(members[member].user_data)
+            for place, claim in owned.items():  # of two who claim one, it is the younger generation's: the other was thrown out since
+                owners[place] = max(owners.get(place, _NOBODY), (generation, member, *claim))
         partitions = {topic: sorted(cluster.partitions_for_topic(topic) or ()) for topic in topics}
-        keeps, holds = _believed({member: metadata.user_data for member, metadata in members.items()})
-        due = share_out(partitions, topics, keeps)
-        shares: dict[str, Places] = defaultdict(set)
-        let_go: dict[str, Places] = defaultdict(set)
-        for place, member in due.items():
-            holder = holds.get(place)
-            if holder is not None and holder != member and holder in topics[place.topic]:
-                shares[holder].add(place)
-                let_go[holder].add(place)
+        shares: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        let_go: dict[str, list[TopicPartition]] = defaultdict(list)
+        keeps = {place: owner for place, (_, owner, wanted, _) in owners.items() if wanted}
+        for place, member in share_out(partitions, topics, keeps).items():
+            _, owner, _, held = owners.get(place, _NOBODY)
+            if held and owner != member and owner in topics[place.topic]:
+                let_go[owner].append(place)
+                shares[owner][place.topic].append(place.partition)
             else:
-                shares[member].add(place)
+                shares[member][place.topic].append(place.partition)
         return {
             member: ConsumerProtocolMemberAssignment(
-                0, [(topic, numbers) for topic, numbers in _packed(shares[member]).items()], json.dumps(_packed(let_go[member])).encode()
+                0, [*shares[member].items()], _written(0, dict.fromkeys(let_go[member], (False, True)))
             )
             for member in members
         }
 
     def on_assignment(self, assignment: ConsumerProtocolMemberAssignment) -> None:
         """Comes before the listener is told of the partitions."""
-        self._owner.told(_unpacked(_read(assignment.user_data)))
+        self.let_go = set(_read(assignment.user_data)[1])
 
 
 def share_out(
@@ -83,67 +75,34 @@ def share_out(
     """Each topic's partitions over its members, of which none has two more of a topic than another; who has one keeps it, as far as
     that goes."""
     shares: dict[TopicPartition, str] = {}
-    total = dict.fromkeys((member for those in members.values() for member in those), 0)
+    total: Counter[str] = Counter()
     for topic in sorted(partitions, key=lambda name: (-len(partitions[name]), name)):
-        those = members[topic]
-        each, over = divmod(len(partitions[topic]), len(those))
-        owned: dict[str, list[TopicPartition]] = {member: [] for member in those}
-        for number in partitions[topic]:
-            place = TopicPartition(topic, number)
-            if keeps.get(place) in owned:
-                owned[keeps[place]].append(place)
-        count: dict[str, int] = {}
-        for member in sorted(those, key=lambda name: (-len(owned[name]), total[name], name)):
-            room = each
-            if over and len(owned[member]) > each:
-                room, over = each + 1, over - 1
-            count[member] = min(room, len(owned[member]))
-            for place in owned[member][:room]:
+        places = [TopicPartition(topic, number) for number in partitions[topic]]
+        owned = Counter(keeps.get(place, "") for place in places)
+        each, over = divmod(len(places), len(members[topic]))
+        ranked = sorted(members[topic], key=lambda name: (-owned[name], total[name], name))
+        room = Counter({member: each + (rank < over) for rank, member in enumerate(ranked)})
+        total.update(room)
+        moving: list[TopicPartition] = []
+        for place in places:
+            member = keeps.get(place, "")
+            if room[member] > 0:
+                room[member] -= 1
                 shares[place] = member
-        for number in partitions[topic]:
-            place = TopicPartition(topic, number)
-            if place in shares:
-                continue
-            lacking = [member for member in those if count[member] < each]
-            member = min(lacking or [name for name in those if count[name] == each], key=lambda name: (total[name] + count[name], name))
-            shares[place] = member
-            count[member] += 1
-        for member in those:
-            total[member] += count[member]
+            else:
+                moving.append(place)
+        shares.update(zip(moving, room.elements(), strict=True))
     return shares
 
 
-def _believed(said: Mapping[str, bytes]) -> tuple[dict[TopicPartition, str], dict[TopicPartition, str]]:
-    """Who keeps and who holds a partition. Of two who claim one, the one of the younger generation: the other was thrown out since."""
-    keeps: dict[TopicPartition, str] = {}
-    holds: dict[TopicPartition, str] = {}
-    claims = {member: _read(data) for member, data in said.items()}
-    generations = {member: found for member, claim in claims.items() if isinstance(found := claim.get("generation"), int) and found > 0}
-    for member in sorted(generations, key=lambda name: generations[name]):
-        for place in _unpacked(claims[member].get("keeps")):
-            keeps[place] = member
-            holds.pop(place, None)
-        for place in _unpacked(claims[member].get("holds")):
-            holds[place] = member
-    return keeps, holds
+def _written(generation: int, owned: Mapping[TopicPartition, tuple[bool, bool]]) -> bytes:
+    return json.dumps([generation, [[*place, *claim] for place, claim in owned.items()]]).encode()
 
 
-def _read(data: bytes) -> dict[str, Any]:
+def _read(data: bytes) -> Claims:
+    """Claims as they were written; none where they cannot be read."""
     try:
-        found = json.loads(data or b"{}")
-    except ValueError:
-        return {}
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-
-
-def _packed(places: Iterable[TopicPartition]) -> dict[str, list[int]]:
-    packed: dict[str, list[int]] = {}
-    for place in sorted(places):
-        packed.setdefault(place.topic, []).append(place.partition)
-    return packed
-
-
-def _unpacked(packed: Any) -> Places:
-    if not isinstance(packed, dict):
-        return set()
-    return {TopicPartition(topic, number) for topic, numbers in cast("dict[str, list[int]]", packed).items() for number in numbers}
+        generation, owned = json.loads(data)
+        return int(generation), {TopicPartition(str(topic), int(number)): (bool(keeps), bool(held)) for topic, number, keeps, held in owned}
+    except (ValueError, TypeError):
+        return 0, {}

@@ -8,19 +8,16 @@ from collections.abc import Mapping, Sequence
 from aiokafka import TopicPartition
 
 from msgbus.contract.adapter import AdapterSettings, ReceiverSpec, TopicSpec
-from msgbus.contract.envelope import check_group
+from msgbus.contract.envelope import PRIORITIES, Priority, check_group
 from msgbus.errors import ConfigurationError, InvalidName, TopologyMismatch
-from msgbus_kafka.cluster import BEGINNING, END, Cluster, NewTopic, missing
-from msgbus_kafka.names import SOON, Levels, group_id, history_id, levels, stream
-from msgbus_kafka.tracking import Mark
+from msgbus_kafka.cluster import BEGINNING, END, Cluster, NewTopic, places_of
+from msgbus_kafka.names import SOON, group_id, history_id, stream
+from msgbus_kafka.partition import Mark
 
 RETENTION = "retention.ms"
 CLEANUP = "cleanup.policy"
 MAX_BYTES = "max.message.bytes"
-MIN_REPLICAS = "min.insync.replicas"
 REPLICATION = "replication_factor"
-_DEAD = "compact"
-_REPLICAS = 3
 
 
 class Topology:
@@ -30,120 +27,95 @@ class Topology:
         self._cluster = cluster
         self._settings = settings
         self._replication = replication
-        self._priorities: dict[str, bool] = {}
 
     async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], create: bool) -> None:
         """As `Adapter.declare`."""
         specs = {spec.name: spec for spec in topics}
-        loose = [spec.topic for spec in receivers if spec.topic not in specs]
-        names = [stream(name, level) for name in (*specs, *loose) for level in levels(True)]
-        found = await self._cluster.leaders([*names, *(name + SOON for name in names)])
-        for name in loose:
-            if name not in found and not create:
-                raise missing(f"topic {name!r}", "a topic")
-            specs[name] = TopicSpec(name, priorities=stream(name, "high") in found)
-        to_check = [name for name, spec in specs.items() if name in found and (spec.kind == "dead" or spec.retain is not None)]
-        configs = await self._cluster.configs(to_check) if to_check else {}
-        wanted: list[NewTopic] = []
+        names = dict.fromkeys([*specs, *(spec.topic for spec in receivers)])
+        found = await self._cluster.leaders(stream(name, level) + end for name in names for level in PRIORITIES for end in ("", SOON))
+        for name in names:  # a topic that somebody else declares is as it is
+            specs.setdefault(name, TopicSpec(name, priorities=stream(name, "high") in found))
+        configs = await self._cluster.configs(
+            [name for name, spec in specs.items() if name in found and (spec.kind == "dead" or spec.retain)]
+        )
+        wanted: dict[str, tuple[NewTopic, str]] = {}
         for spec in specs.values():
-            self._compare(spec, found, configs.get(spec.name, {}))
-            wanted += self._wanted(spec, found)
-            self._priorities[spec.name] = spec.priorities
-        groups = {(spec.topic, spec.group): spec for spec in receivers if spec.group is not None and specs[spec.topic].kind == "work"}
-        own = [group_id(topic, group, level) + SOON for topic, group in groups for level in self._levels(topic)]
-        have = await self._cluster.leaders(own)
-        wanted += [self._soon(name, {}) for name in own if name not in have]
-        new = [topic for topic in wanted if topic.name not in found and topic.name not in have]
+            if spec.name in found:
+                _compare(spec, found, configs.get(spec.name, {}))
+            for topic in self._topics_of(spec, len(found.get(spec.name, ()))):
+                wanted[topic.name] = topic, f"topic {topic.name!r}"
+        groups = [
+            (receiver.topic, receiver.group, level, receiver.start)
+            for receiver in receivers
+            if receiver.group is not None and specs[receiver.topic].kind == "work"
+            for level in _levels(specs[receiver.topic])
+        ]
+        for topic_name, group, level, _ in groups:
+            name = group_id(topic_name, group, level) + SOON
+            wanted[name] = self._soon(name, {}), f"group {group!r} of topic {topic_name!r} (Kafka topic {name!r})"
+        found |= await self._cluster.leaders(wanted)
+        new = {name: resource for name, (_, resource) in wanted.items() if name not in found}
         if new and not create:
-            name = new[0].name
-            if name in own:
-                topic, group = next((topic, group) for topic, group in groups if name.startswith(group_id(topic, group)))
-                raise missing(f"group {group!r} of topic {topic!r} (Kafka topic {name!r})", "a group")
-            raise missing(f"topic {name!r}", "a topic")
+            raise _missing(next(iter(new.values())))
         if new:
-            await self._cluster.create(new)
-        for (topic, group), receiver in groups.items():
-            for level in self._levels(topic):
-                await self._declare_group(topic, group, stream(topic, level), group_id(topic, group, level), receiver.start, create)
-
-    def _levels(self, topic: str) -> Levels:
-        return levels(self._priorities[topic])
+            await self._cluster.create([wanted[name][0] for name in new])
+        for topic_name, group, level, start in groups:
+            await self._declare_group(topic_name, group, level, start, create)
 
     # ------------------------------------------------------------ topics
 
-    def _compare(self, spec: TopicSpec, found: Mapping[str, Sequence[int]], configs: Mapping[str, str]) -> None:
-        here = found.get(spec.name)
-        if here is None:
-            return
-        resource = f"topic {spec.name!r}"
+    def _topics_of(self, spec: TopicSpec, partitions: int) -> list[NewTopic]:
         if spec.kind == "dead":
-            if _DEAD not in configs.get(CLEANUP, ""):
-                raise TopologyMismatch(resource, f"{CLEANUP} with {_DEAD}, for dead letters", configs.get(CLEANUP, "the broker's default"))
-            return
-        there = stream(spec.name, "high") in found
-        if there != spec.priorities:
-            raise TopologyMismatch(resource, _said(spec.priorities), _said(there))
-        if spec.shards is not None and spec.shards != len(here):
-            raise TopologyMismatch(resource, f"{spec.shards} shards", f"{len(here)} partitions")
-        if spec.retain is not None and configs.get(RETENTION) != _milliseconds(spec.retain):
-            raise TopologyMismatch(resource, f"{RETENTION} {_milliseconds(spec.retain)}", configs.get(RETENTION, "the broker's default"))
-
-    def _wanted(self, spec: TopicSpec, found: Mapping[str, Sequence[int]]) -> list[NewTopic]:
-        if spec.kind == "dead":
-            configs = {CLEANUP: _DEAD, MAX_BYTES: str(2 * self._cluster.max_bytes)}
+            configs = {CLEANUP: "compact", MAX_BYTES: str(2 * self._cluster.max_bytes)}
             if self._settings.dead_letter_retention is not None:
-                configs[CLEANUP] += ",delete"
-                configs[RETENTION] = _milliseconds(self._settings.dead_letter_retention)
-            return [self._new(spec.name, 1, configs, None)]
-        configs, replication = _native(spec)
+                configs |= {CLEANUP: "compact,delete", RETENTION: _milliseconds(self._settings.dead_letter_retention)}
+            return [self._new(spec.name, 1, configs)]
+        native = dict(spec.native)
+        replication = native.pop(REPLICATION, None)
+        for name, value in native.items():
+            if "." not in name or not isinstance(value, str):
+                raise ConfigurationError(f"topic {spec.name!r}: native option {name!r}={value!r}: {_NATIVE}")
+        if replication is not None and not (isinstance(replication, int) and replication >= 1):
+            raise ConfigurationError(f"topic {spec.name!r}: native option {REPLICATION!r}={replication!r}: {_NATIVE}")
         kept = {} if spec.retain is None else {RETENTION: _milliseconds(spec.retain)}
-        partitions = len(found.get(spec.name, ())) or spec.shards or self._settings.shards
-        wanted: list[NewTopic] = []
-        for level in levels(spec.priorities):
-            name = stream(spec.name, level)
-            wanted.append(self._new(name, partitions, {**kept, **configs}, replication))
-            wanted.append(self._soon(name + SOON, kept))
-        return wanted
+        configs = kept | {name: str(value) for name, value in native.items()}
+        bases = [stream(spec.name, level) for level in _levels(spec)]
+        partitions = partitions or spec.shards or self._settings.shards
+        return [*(self._new(base, partitions, configs, replication) for base in bases), *(self._soon(base + SOON, kept) for base in bases)]
 
     def _soon(self, name: str, configs: Mapping[str, str]) -> NewTopic:
         """One partition: what is in it is due within two minutes."""
-        return self._new(name, 1, {**configs, MAX_BYTES: str(2 * self._cluster.max_bytes)}, None)
+        return self._new(name, 1, {**configs, MAX_BYTES: str(2 * self._cluster.max_bytes)})
 
-    def _new(self, name: str, partitions: int, configs: Mapping[str, str], replication: int | None) -> NewTopic:
+    def _new(self, name: str, partitions: int, configs: Mapping[str, str], replication: int | None = None) -> NewTopic:
         replication = replication or self._replication
         if self._settings.durability == "replicated":
-            replication = replication or min(_REPLICAS, self._cluster.nodes)
-            configs = {MIN_REPLICAS: "2", **configs}
+            replication = replication or min(3, len(self._cluster.nodes))
+            configs = {"min.insync.replicas": "2", **configs}
         return NewTopic(name, partitions, replication or self._cluster.default_replication, configs)
 
     # ------------------------------------------------------------ groups
 
-    async def _declare_group(self, topic: str, group: str, base: str, group_id: str, start: str, create: bool) -> None:
+    async def _declare_group(self, topic: str, group: str, level: str, start: str, create: bool) -> None:
         """Commits where a new group starts, so that it misses nothing from now on, whenever its first receiver comes."""
-        committed = await self._cluster.committed(group_id)
-        if not create and not committed:
-            raise missing(f"group {group!r} of topic {topic!r}", "a group")
-        led = await self._cluster.leaders([base, base + SOON, group_id + SOON])
-        places = {TopicPartition(name, number): name for name, leaders in led.items() for number in range(len(leaders))}
+        base, name = stream(topic, level), group_id(topic, group, level)
+        committed = await self._cluster.committed(name)
         if any(place.topic == base for place in committed):
             return  # partitions that were added since are read from their beginning
-        history = history_id(base)
-        first = not await self._cluster.committed(history) and not await groups_of(self._cluster, topic)
-        since = await self._start(base, start, first)
-        moments = {place: END if name == group_id + SOON else since for place, name in places.items()}
-        offsets = await self._cluster.offsets(moments)
-        text = Mark().text()
+        if not create:
+            raise _missing(f"group {group!r} of topic {topic!r}")
+        first = not await self._cluster.committed(history_id(base)) and not await groups_of(self._cluster, topic)
+        since = END if start == "latest" else BEGINNING if first else await self._kept_since(base)
+        led = await self._cluster.leaders([base, base + SOON, name + SOON])
+        places = places_of({found: range(len(leaders)) for found, leaders in led.items()})
+        offsets = await self._cluster.offsets({place: END if place.topic == name + SOON else since for place in places})
         # If someone consumes as this group already, it was declared meanwhile.
-        await self._cluster.commit(group_id, {place: (offset, text) for place, offset in offsets.items()})
+        await self._cluster.commit(name, {place: (offset, Mark().text()) for place, offset in offsets.items()})
         if first:
-            await self._cluster.commit(history, {TopicPartition(base + SOON, 0): (0, "had a group")})
+            await note_history(self._cluster, base)
 
-    async def _start(self, base: str, start: str, first: bool) -> int:
-        """A topic's first group gets what is there; a later one what is kept where the topic says so; else from now on."""
-        if start == "latest":
-            return END
-        if first:
-            return BEGINNING
+    async def _kept_since(self, base: str) -> int:
+        """From when on a later group gets a topic's history: from now on, unless the topic says that it retains it."""
         retain = (await self._cluster.configs([base])).get(base, {}).get(RETENTION)
         if retain is None:
             return END
@@ -157,34 +129,44 @@ async def groups_of(cluster: Cluster, topic: str) -> list[str]:
     return [name for name in names if _is_group(name) and await cluster.committed(group_id(topic, name))]
 
 
+async def note_history(cluster: Cluster, base: str) -> None:
+    """The topic has had a group."""
+    await cluster.commit(history_id(base), {TopicPartition(base + SOON, 0): (0, "had a group")})
+
+
+_NATIVE = f"{REPLICATION} takes an int, any other is a configuration of a Kafka topic (min.insync.replicas, ...) and takes text"
+
+
+def _compare(spec: TopicSpec, found: Mapping[str, Sequence[int]], configs: Mapping[str, str]) -> None:
+    def expect(expected: str, actual: str, holds: bool) -> None:
+        if not holds:
+            raise TopologyMismatch(f"topic {spec.name!r}", expected, actual)
+
+    there, partitions = stream(spec.name, "high") in found, len(found[spec.name])
+    cleanup, kept = configs.get(CLEANUP, "the broker's default"), configs.get(RETENTION, "the broker's default")
+    if spec.kind == "dead":
+        expect(f"{CLEANUP} with compact, for dead letters", cleanup, "compact" in cleanup)
+        return
+    expect("priorities" if spec.priorities else "no priorities", "priorities" if there else "no priorities", there == spec.priorities)
+    expect(f"{spec.shards} shards", f"{partitions} partitions", spec.shards in (None, partitions))
+    if spec.retain is not None:
+        expect(f"{RETENTION} {_milliseconds(spec.retain)}", kept, kept == _milliseconds(spec.retain))
+
+
+def _missing(resource: str) -> TopologyMismatch:
+    return TopologyMismatch(resource, "a group" if resource.startswith("group") else "a topic", "none")
+
+
+def _levels(spec: TopicSpec) -> Sequence[Priority]:
+    return PRIORITIES if spec.priorities else ("normal",)
+
+
 def _is_group(name: str) -> bool:
     try:
-        check_group(name)
+        return bool(check_group(name))
     except InvalidName:
         return False
-    return True
-
-
-def _native(spec: TopicSpec) -> tuple[dict[str, str], int | None]:
-    """`Topic(native={"kafka": …})`: configurations of the Kafka topic when it is created, and `replication_factor`."""
-    configs: dict[str, str] = {}
-    replication: int | None = None
-    for name, value in spec.native.items():
-        if name == REPLICATION and isinstance(value, int) and value >= 1:
-            replication = value
-        elif name != REPLICATION and "." in name and isinstance(value, str):
-            configs[name] = value
-        else:
-            raise ConfigurationError(
-                f"topic {spec.name!r}: native option {name!r}={value!r}: {REPLICATION} takes an int, "
-                "any other is a configuration of a Kafka topic (min.insync.replicas, ...) and takes text"
-            )
-    return configs, replication
 
 
 def _milliseconds(seconds: float) -> str:
     return str(int(seconds * 1000))
-
-
-def _said(priorities: bool) -> str:
-    return "priorities" if priorities else "no priorities"

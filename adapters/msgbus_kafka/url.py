@@ -13,52 +13,62 @@ from msgbus.contract.options import Read, boolean, durability, positive, read_op
 from msgbus.errors import ConfigurationError, UnsupportedFeature
 
 DEFAULT_PORT = 9092
-_MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+_SHAPE = "the URL of Kafka is kafka://user:password@host:port,host:port, nothing behind; % escapes '/' and '@'"
+
+
+def _mechanism(text: str) -> str:
+    if text not in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
+        raise ValueError("expected PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+    return text
+
+
+_SETTINGS: dict[str, Read] = {
+    "ack_window": positive,
+    "dead_letter_retention": seconds,
+    "durability": durability,
+    "heartbeat": seconds,
+    "require_durable": boolean,
+    "session_timeout": seconds,
+    "shards": positive,
+}
+_TLS: dict[str, Read] = {"cafile": str, "certfile": str, "keyfile": str}
+_OWN: dict[str, Read] = {"client_id": str, "instance": str, "mechanism": _mechanism, "replication": positive}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Place:
     """Where the brokers are and how one gets in. No repr: it holds a password."""
 
+    scheme: str
     servers: tuple[str, ...]
-    tls: bool
-    user: str | None
-    password: str | None
-    mechanism: str
-    cafile: str | None
-    certfile: str | None
-    keyfile: str | None
-    client_id: str
-    instance: str | None
-    replication: int | None
+    user: str
+    password: str
+    options: Mapping[str, Any]  # Any: each option of `_TLS` and `_OWN` has a type of its own
 
     @property
     def shown(self) -> str:
         """The URL without what is secret."""
-        user = f"{self.user}:***@" if self.user else ""
-        return f"{'kafkas' if self.tls else 'kafka'}://{user}{','.join(self.servers)}"
+        return f"{self.scheme}://{f'{self.user}:***@' if self.user else ''}{','.join(self.servers)}"
 
     def client_options(self) -> dict[str, Any]:
         """Keyword arguments of every client of aiokafka. Reads the certificates' files."""
+        tls = self.scheme == "kafkas"
         options: dict[str, Any] = {
-            "bootstrap_servers": list(self.servers),
-            "client_id": self.client_id,
-            "security_protocol": ("SASL_" if self.user else "") + ("SSL" if self.tls else "PLAINTEXT"),
+            "bootstrap_servers": [*self.servers],
+            "client_id": self.options.get("client_id", "msgbus"),
+            "security_protocol": ("SASL_" if self.user else "") + ("SSL" if tls else "PLAINTEXT"),
         }
-        if self.tls:
-            options["ssl_context"] = self._ssl_context()
         if self.user:
-            options.update(sasl_mechanism=self.mechanism, sasl_plain_username=self.user, sasl_plain_password=self.password or "")
+            options["sasl_mechanism"] = self.options.get("mechanism", "PLAIN")
+            options |= {"sasl_plain_username": self.user, "sasl_plain_password": self.password}
+        if tls:
+            try:
+                options["ssl_context"] = context = ssl.create_default_context(cafile=self.options.get("cafile"))
+                if "certfile" in self.options:
+                    context.load_cert_chain(self.options["certfile"], self.options.get("keyfile"))
+            except OSError as error:
+                raise ConfigurationError(f"{self.shown}: cafile, certfile or keyfile cannot be read: {error}") from error
         return options
-
-    def _ssl_context(self) -> ssl.SSLContext:
-        try:
-            context = ssl.create_default_context(cafile=self.cafile)
-            if self.certfile is not None:
-                context.load_cert_chain(self.certfile, self.keyfile)
-        except OSError as error:
-            raise ConfigurationError(f"{self.shown}: cafile, certfile or keyfile cannot be read: {error}") from error
-        return context
 
 
 def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) -> tuple[Place, AdapterSettings]:
@@ -66,63 +76,26 @@ def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) ->
     parts = urlsplit(url)
     secret, _, netloc = parts.netloc.rpartition("@")
     user, _, password = secret.partition(":")
-    tls = parts.scheme == "kafkas"
     if parts.path not in ("", "/") or parts.fragment:  # what is there may be the rest of a password, and the host its beginning
-        raise ConfigurationError("the URL of Kafka is kafka://user:password@host:port,host:port, nothing behind; % escapes '/' and '@'")
-    servers = tuple(_server(server) for server in netloc.split(","))
+        raise ConfigurationError(_SHAPE)
     shown = f"{parts.scheme}://{netloc}"
-    known: dict[str, Read] = {
-        "ack_window": positive,
-        "dead_letter_retention": seconds,
-        "durability": durability,
-        "heartbeat": seconds,
-        "require_durable": boolean,
-        "session_timeout": seconds,
-        "shards": positive,
-        "cafile": str,
-        "certfile": str,
-        "client_id": str,
-        "instance": str,
-        "keyfile": str,
-        "mechanism": _mechanism,
-        "replication": positive,
-    }
-    read = read_options(shown, options, known)
-    if not tls and (needs := {"cafile", "certfile", "keyfile"} & read.keys()):
-        raise ConfigurationError(f"option {min(needs)!r} of {shown}: TLS is kafkas://")
+    read = read_options(shown, options, {**_SETTINGS, **_TLS, **_OWN})
+    for name in read.keys() & _TLS.keys() if parts.scheme != "kafkas" else ():
+        raise ConfigurationError(f"option {name!r} of {shown}: TLS is kafkas://")
     if "mechanism" in read and not user:
         raise ConfigurationError(f"option 'mechanism' of {shown}: there is no user in the URL")
-    place = Place(
-        servers,
-        tls,
-        unquote(user) or None,
-        unquote(password) or None,
-        read.pop("mechanism", "PLAIN"),
-        read.pop("cafile", None),
-        read.pop("certfile", None),
-        read.pop("keyfile", None),
-        read.pop("client_id", "msgbus"),
-        read.pop("instance", None),
-        read.pop("replication", None),
-    )
-    settings = replace(settings, **read)
+    settings = replace(settings, **{name: read.pop(name) for name in [*read] if name in _SETTINGS})
     if settings.durability == "fsync":
         raise UnsupportedFeature("durability 'fsync'", "Kafka", "durability 'replicated', or flush.messages=1 in Topic(native=…)")
-    return place, settings
+    return Place(parts.scheme, tuple(map(_server, netloc.split(","))), unquote(user), unquote(password), read), settings
 
 
 def _server(text: str) -> str:
     try:
         parts = urlsplit(f"//{text}")
-        host, port = parts.hostname, parts.port
+        host, port = parts.hostname, parts.port or DEFAULT_PORT
     except ValueError:
-        raise ConfigurationError("the URL of Kafka is kafka://host:port,host:port: a port is a number up to 65535") from None
+        raise ConfigurationError(f"{_SHAPE}; a port is a number up to 65535") from None
     if not host:
         raise ConfigurationError("the URL of Kafka names no host: kafka://host:9092")
-    return f"{f'[{host}]' if ':' in host else host}:{port or DEFAULT_PORT}"
-
-
-def _mechanism(text: str) -> str:
-    if text not in _MECHANISMS:
-        raise ValueError(f"expected {', '.join(_MECHANISMS)}")
-    return text
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -113,7 +113,6 @@ async def test_what_runs_through_a_rebalance_runs_once(url: str) -> None:
         await first.send([envelope(topic, key=f"key{number}") for number in range(40)], timeout=5)
         running = await take(one, 40)
         two = await second.open_receiver(spec)
-        leaving = {received.token.partition.tp for received in running}
         await until_shared(one, two, running)
         for received in running:
             one.ack(received)
@@ -130,7 +129,6 @@ async def test_what_runs_through_a_rebalance_runs_once(url: str) -> None:
                     assert received.envelope.id not in found, "it came twice"
                     found[received.envelope.id] = name
                     receiver.ack(received)
-        assert leaving
         assert set(found) == {sent.id for sent in later}
 
 
@@ -205,10 +203,9 @@ async def test_a_broker_that_does_not_answer_leaves_the_message_unknown_and_the_
     async with opened(url) as adapter:
         await adapter.declare([TopicSpec(topic)], [])
         assert await adapter.send([envelope(topic)], timeout=5) == [None]
-        client = vars(adapter)["_sender"]
-        connection = next(iter(vars(vars(client)["_client"])["_conns"].values()))
-        transport = vars(connection)["_writer"].transport
-        transport.pause_reading()
+        client = vars(vars(adapter)["_opened"].cluster)["_client"]
+        for connection in vars(client)["_conns"].values():
+            vars(connection)["_writer"].transport.pause_reading()
         began = time.monotonic()
         (outcome,) = await adapter.send([envelope(topic)], timeout=0.7)
         assert isinstance(outcome, PublishUnknown)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msgbus.contract.envelope import Envelope
-from msgbus_kafka.records import dead_headers, dead_key, headers_of, key_of, partition_of, read
+from msgbus_kafka.records import dead_headers, dead_key, headers_of, key_of, partition_of, read, read_dead
 
 
 @dataclass
@@ -58,7 +58,7 @@ def test_a_dead_letter_keeps_key_and_priority_of_its_message() -> None:
     letter = replace(ORDER, topic="orders.workers.dead", priority="low", headers={**ORDER.headers, "msgbus-dlq-dead-at": "now"})
     assert dead_key(letter) == dead_key(replace(letter))
     assert dead_key(letter) != dead_key(replace(letter, headers={"msgbus-dlq-dead-at": "later"}))
-    envelope, _ = read(Record(dead_key(letter), letter.body, dead_headers(letter, 0.0)), letter.topic, None, None)
+    envelope = read_dead(Record(dead_key(letter), letter.body, dead_headers(letter, 0.0)), letter.topic)
     assert all(getattr(envelope, name) == getattr(letter, name) for name in Envelope.__slots__)
 
 

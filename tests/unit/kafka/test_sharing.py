@@ -9,7 +9,9 @@ from aiokafka.coordinator.protocol import ConsumerProtocolMemberMetadata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msgbus_kafka.sharing import Places, Sharing, share_out
+from msgbus_kafka.sharing import Claims, Sharing, share_out
+
+Places = set[TopicPartition]
 
 TOPICS = {"orders": list(range(8)), "orders.soon": [0], "orders.workers.soon": [0]}
 
@@ -19,13 +21,15 @@ class Member:
 
     def __init__(self, generation: int = 0, keeps: Places | None = None, holds: Places | None = None) -> None:
         self.claim = (generation, keeps or set(), holds or set())
-        self.let_go: Places = set()
+        self.sharing = Sharing(self.claims)
 
-    def claims(self) -> tuple[int, Places, Places]:
-        return self.claim
+    def claims(self) -> Claims:
+        generation, keeps, holds = self.claim
+        return generation, {place: (place in keeps, place in holds) for place in keeps | holds}
 
-    def told(self, let_go: Places) -> None:
-        self.let_go = let_go
+    @property
+    def let_go(self) -> Places:
+        return self.sharing.let_go
 
 
 class Cluster:
@@ -36,10 +40,10 @@ class Cluster:
 
 
 def rebalance(members: dict[str, Member]) -> dict[str, Places]:
-    said = {name: Sharing(member).metadata(TOPICS) for name, member in members.items()}
+    said = {name: member.sharing.metadata(TOPICS) for name, member in members.items()}
     shares: dict[str, Places] = {}
-    for name, assignment in Sharing(Member()).assign(Cluster(), said).items():
-        Sharing(members[name]).on_assignment(assignment)
+    for name, assignment in Member().sharing.assign(Cluster(), said).items():
+        members[name].sharing.on_assignment(assignment)
         shares[name] = {TopicPartition(topic, number) for topic, numbers in assignment.assignment for number in numbers}  # type: ignore[attr-defined]
     assert Counter(place for share in shares.values() for place in share) == Counter(
         TopicPartition(topic, number) for topic, numbers in TOPICS.items() for number in numbers
@@ -101,6 +105,6 @@ def test_who_was_thrown_out_owns_nothing() -> None:
 
 
 def test_what_it_cannot_read_is_no_claim() -> None:
-    said = {"a": Sharing(Member()).metadata(TOPICS), "b": ConsumerProtocolMemberMetadata(0, list(TOPICS), b"\xff{")}
-    shares = Sharing(Member()).assign(Cluster(), said)
+    said = {"a": Member().sharing.metadata(TOPICS), "b": ConsumerProtocolMemberMetadata(0, list(TOPICS), b"\xff{")}
+    shares = Member().sharing.assign(Cluster(), said)
     assert set(shares) == {"a", "b"}

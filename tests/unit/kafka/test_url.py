@@ -17,7 +17,7 @@ SECRET = "pa55word"
 def test_several_brokers_and_options_of_the_url() -> None:
     place, settings = read_url("kafka://one,two:9093", {"session_timeout": "6", "ack_window": "50", "replication": "3"}, SETTINGS)
     assert place.servers == ("one:9092", "two:9093")
-    assert (settings.session_timeout, settings.ack_window, place.replication) == (6.0, 50, 3)
+    assert (settings.session_timeout, settings.ack_window, place.options["replication"]) == (6.0, 50, 3)
     assert place.client_options()["security_protocol"] == "PLAINTEXT"
 
 

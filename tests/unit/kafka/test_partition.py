@@ -6,42 +6,33 @@ from aiokafka import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msgbus_kafka.tracking import Entry, Mark, Partition, read_mark, suspects_of
+from msgbus.contract.adapter import Received
+from msgbus.contract.envelope import Envelope
+from msgbus_kafka.partition import Mark, Partition, read_mark, suspects_of
 
 PLACE = TopicPartition("orders", 0)
 
 
-def partition_with(offsets: list[int]) -> tuple[Partition, dict[int, Entry]]:
-    partition = Partition(PLACE, offsets[0])
-    entries = {offset: Entry(partition, offset) for offset in offsets}
-    partition.entries.extend(entries.values())
-    partition.position = offsets[-1] + 1
-    return partition, entries
+def partition_with(offsets: list[int]) -> Partition:
+    partition = Partition(PLACE, offsets[-1] + 1)
+    for offset in offsets:
+        partition.unsettled[offset] = Received(Envelope("", "orders", b"", {}), (partition, offset), partition.tenure)
+    return partition
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=30), st.randoms(use_true_random=False))
 def test_the_head_is_the_first_record_that_is_not_settled(gaps: list[int], draw: object) -> None:
     """Whatever the order in which records are settled, and where offsets have gaps: nothing un-settled is ever before the head."""
     offsets = [sum(gaps[:count]) for count in range(1, len(gaps) + 1)]
-    partition, entries = partition_with(offsets)
+    partition = partition_with(offsets)
     order = offsets.copy()
     draw.shuffle(order)  # type: ignore[attr-defined]  # a Random
     left = set(offsets)
     for offset in order:
         assert partition.head() == min(left)
-        entries[offset].settled = True
+        del partition.unsettled[offset]
         left.discard(offset)
     assert partition.head() == partition.position
-
-
-def test_reading_ahead_ends_at_the_ack_window_beyond_the_slowest() -> None:
-    """What is settled above a slow head still counts: a crash would repeat it."""
-    partition, entries = partition_with([0, 1, 2, 3])
-    entries[1].settled = entries[2].settled = True
-    assert partition.full(4)
-    assert not partition.full(5)
-    entries[0].settled = True
-    assert not partition.full(4)
 
 
 @given(
@@ -60,7 +51,7 @@ def test_a_mark_is_read_as_it_was_written(state: object, upto: int, suspects: li
 def test_the_text_of_another_tool_is_no_mark(text: str) -> None:
     """Whoever reset the offsets by Kafka's own tools killed nobody."""
     assert read_mark(text) == Mark()
-    assert read_mark("msgbus1;open;x;;") == Mark()
+    assert read_mark('["msgbus2","open","x",[],""]') == Mark()
 
 
 def test_a_death_counts_for_what_may_have_been_in_hand() -> None:
@@ -79,10 +70,10 @@ def test_a_death_counts_for_what_may_have_been_in_hand() -> None:
 
 def test_what_is_through_is_suspect_no_more() -> None:
     """Suspicion ends with the head's way beyond it."""
-    partition, entries = partition_with([0, 1])
+    partition = partition_with([0, 1])
     partition.suspects = ((1, 2), (2, 1))
     assert read_mark(partition.mark("open")[1]).suspects == ((1, 2), (2, 1))
-    entries[0].settled = True
+    del partition.unsettled[0]
     assert read_mark(partition.mark("open")[1]).suspects == ((2, 1),)
-    entries[1].settled = True
+    del partition.unsettled[1]
     assert read_mark(partition.mark("open")[1]).suspects == ()

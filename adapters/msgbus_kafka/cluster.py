@@ -254,16 +254,14 @@ def abort(*owners: object) -> None:
             connection.close()
 
 
-def _failures(answer: Any) -> Iterator[Answer]:  # Any: as in `Answer`
-    """All that has an error code, at any depth."""
-    if isinstance(answer, dict):
-        fields = cast(Answer, answer)
-        if fields.get("error_code"):
-            yield fields
-        answer = [*fields.values()]
-    if isinstance(answer, list):
-        for part in cast("list[Any]", answer):
-            yield from _failures(part)
+def _failures(answer: Answer) -> Iterator[Answer]:
+    """All that has an error code, at any depth: of lists of structures, as the protocol is."""
+    if answer.get("error_code"):
+        yield answer
+    for value in answer.values():
+        for part in cast("list[object]", value) if isinstance(value, list) else ():
+            if isinstance(part, dict):
+                yield from _failures(cast(Answer, part))
 
 
 def _by_place(answer: Answer) -> Iterator[tuple[TopicPartition, Answer]]:

@@ -37,7 +37,8 @@ _DURABLE = "a broker that stores what it confirms: amqp://, kafka:// or redis://
 
 
 class MemoryAdapter(Adapter):
-    """A broker in the process. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`; receivers forward.
+    """A broker in the process. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`,
+    `Exportable`; receivers forward.
 
     Without a name the broker belongs to this object, and is still there when it is opened again; with one it is shared
     by all adapters of the process, on any thread and event loop, and lives as long as the process.
@@ -143,6 +144,10 @@ class MemoryAdapter(Adapter):
             for option in spec.native:
                 raise ConfigurationError(f"topic {spec.name!r}: native option {option!r}: the memory broker knows none")
         self._broker.declare(self._terms, topics, receivers, create)
+
+    async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        """Nothing: what is here, the process itself has made."""
+        return ""
 
     async def send(self, envelopes: Sequence[Envelope], *, timeout: float) -> list[SendOutcome]:
         """None: appended. Never `PublishUnknown`. Suspends only where a topic is full.

@@ -28,14 +28,15 @@ from msgbus.contract.envelope import Envelope
 from msgbus.contract.options import Read, boolean, durability, positive, read_options, seconds
 from msgbus.errors import BrokerUnavailable, ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
 from msgbus_redis import names, scripts
-from msgbus_redis.connections import CALL_TIMEOUT, Link, Links, Place, script
+from msgbus_redis.connections import CALL_TIMEOUT, Command, Link, Links, Place, script
 from msgbus_redis.errors import call_error, is_group_gone
 from msgbus_redis.exclusive import ExclusiveReceiver
+from msgbus_redis.export import shell
 from msgbus_redis.names import Layout
 from msgbus_redis.private import PrivateReceiver
 from msgbus_redis.receiver import RedisReceiver
 from msgbus_redis.sending import SEEN_FOR, Sender, trim
-from msgbus_redis.services import Services
+from msgbus_redis.services import Services, declare_group
 from msgbus_redis.sharing import SharedReceiver
 from msgbus_redis.wire import envelope_of
 
@@ -46,7 +47,7 @@ SHORTEST_LEASE = 1.0
 
 
 class RedisAdapter(Adapter):
-    """Redis Streams. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`; receivers of groups forward."""
+    """Redis Streams. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`, `Exportable`; receivers of groups forward."""
 
     schemes: ClassVar[tuple[str, ...]] = ("redis", "rediss", "redis+sentinel", "redis+cluster")
     name: ClassVar[str] = "redis"
@@ -199,16 +200,13 @@ class RedisAdapter(Adapter):
 
     async def _declare_topic(self, spec: TopicSpec, create: bool) -> Layout:
         where = f"topic {spec.name!r}"
-        keys = [names.meta(spec.name), names.base(spec.name)]
-        retain = "" if spec.retain is None else int(spec.retain * 1000)
-        shards = "" if spec.shards is None else spec.shards
-        arguments = [int(create), spec.kind, int(spec.keyed), shards, max(self._settings.shards, 1), int(spec.priorities), retain]
-        (answer,) = await self._open.run(keys[0], script(scripts.DECLARE, keys, arguments), what=where)
+        key = names.meta(spec.name)
+        (answer,) = await self._open.run(key, self._topic_command(spec, create), what=where)
         self._check_answer(answer, where, "a topic")
         try:
             layout = Layout.read(spec.name, answer[1:])
         except ValueError as error:
-            raise TopologyMismatch(f"{where}: key {keys[0]!r}", "the facts of a topic", str(error)) from None
+            raise TopologyMismatch(f"{where}: key {key!r}", "the facts of a topic", str(error)) from None
         if layout.kind != spec.kind:
             raise TopologyMismatch(where, f"kind {spec.kind!r}", f"kind {layout.kind!r}")
         if layout.priorities != spec.priorities:
@@ -220,9 +218,27 @@ class RedisAdapter(Adapter):
         self._served.sender.know(layout)
         return layout
 
+    def _topic_command(self, spec: TopicSpec, create: bool) -> Command:
+        retain = "" if spec.retain is None else int(spec.retain * 1000)
+        shards = "" if spec.shards is None else spec.shards
+        arguments = [int(create), spec.kind, int(spec.keyed), shards, max(self._settings.shards, 1), int(spec.priorities), retain]
+        return script(scripts.DECLARE, [names.meta(spec.name), names.base(spec.name)], arguments)
+
+    async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        """A shell script for redis-cli that runs what `declare` runs."""
+        steps = [(f"topic {spec.name}", self._topic_command(spec, create=True)) for spec in topics]
+        specs = {spec.name: spec for spec in topics}
+        groups = [(spec.topic, spec.group, spec.start) for spec in receivers if spec.group is not None]
+        groups += [(spec.name, DEAD_GROUP, "earliest") for spec in topics if spec.kind == "dead"]
+        for topic, group, start in groups:
+            there = await self._known(topic) if self._links is not None else None
+            layout = there or Layout.of(specs[topic], self._settings.shards)
+            steps.append((f"group {group} of {topic}", declare_group(layout, group, start, "create", self._settings)))
+        return shell(steps)
+
     async def _declare_group(self, layout: Layout, group: str, start: str, create: bool) -> None:
         what = f"group {group!r} of topic {layout.topic!r}"
-        command = self._served.declare_group(layout, group, start, "create" if create else "check")
+        command = declare_group(layout, group, start, "create" if create else "check", self._settings)
         (answer,) = await self._open.run(layout.base, command, what=what)
         self._check_answer(answer, what, "a group")
 

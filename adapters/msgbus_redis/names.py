@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgbus.contract.adapter import TopicSpec
 from msgbus.contract.address import shard_of
 from msgbus.contract.envelope import PRIORITIES, Envelope, Priority
 
@@ -31,6 +32,12 @@ class Layout:
     priorities: bool
     retain: float | None
     kind: str
+
+    @classmethod
+    def of(cls, spec: TopicSpec, default: int) -> Layout:
+        """How a topic stands once it is declared where nothing was. `default`: shards of a keyed one that says no number."""
+        shards = spec.shards or (max(default, 1) if spec.keyed else 1)
+        return cls(spec.name, shards, spec.keyed, spec.priorities, spec.retain, spec.kind)
 
     @classmethod
     def read(cls, topic: str, flat: list[bytes]) -> Layout:

@@ -44,24 +44,26 @@ class Services:
         """Says that somebody else destroyed messages."""
         log.error("data loss suspected: %s", what)
 
-    def declare_group(self, layout: Layout, group: str, start: str, mode: str) -> Command:
-        """Makes a group of all the topic's streams, or looks for it."""
-        parts = layout.parts()
-        keys = [names.meta(layout.topic), *parts, *(names.retry(part, group) for part in parts)]
-        return script(scripts.DECLARE_GROUP, keys, [mode, group, start, layout.kind, int(self.settings.first_group_retention * 1000)])
-
     async def revive(self, layout: Layout, spec: ReceiverSpec) -> None:
         """A group has vanished under its receiver. Dropped by an operator: `BrokerUnavailable`. By a FLUSHALL, a DEL: it is made again,
         at the beginning, so that what was sent since is not missed."""
         if spec.group is None:
             return
         what = f"group {spec.group!r} of topic {spec.topic!r}"
-        (answer,) = await self.links.run(layout.base, self.declare_group(layout, spec.group, spec.start, "revive"), what=what)
+        command = declare_group(layout, spec.group, spec.start, "revive", self.settings)
+        (answer,) = await self.links.run(layout.base, command, what=what)
         if answer[0] == b"dropped":
             raise BrokerUnavailable(f"{what} was dropped")
         if answer[0] != b"ok":
             raise BrokerUnavailable(f"{what}: {answer!r}")
         self.data_loss(f"{what} had vanished, and was made again")
+
+
+def declare_group(layout: Layout, group: str, start: str, mode: str, settings: AdapterSettings) -> Command:
+    """Makes a group of all the topic's streams, or looks for it."""
+    parts = layout.parts()
+    keys = [names.meta(layout.topic), *parts, *(names.retry(part, group) for part in parts)]
+    return script(scripts.DECLARE_GROUP, keys, [mode, group, start, layout.kind, int(settings.first_group_retention * 1000)])
 
 
 def went_back(envelope: Envelope) -> BrokerUnavailable:

@@ -133,11 +133,16 @@ class Runtime:
     async def declare_subscriptions(self) -> list[Plan]:
         """Declares every topic and group that this process consumes, with their dead letters; the plans as the broker has them."""
         self.plans = [await self.adopt(plan) for plan in self.plans]
-        grouped = [plan for plan in self.plans if plan.group is not None]
-        topics = {plan.physical: topic_spec(plan.topic, self.namespace, self.adapter.name) for plan in self.plans}
-        dead = [dead_spec(plan.physical, plan.group) for plan in grouped if plan.group is not None]
-        await self.declare([*topics.values(), *dead], [plan.receiver for plan in grouped])
+        topics, receivers = self.needs(plan.topic for plan in self.plans)
+        await self.declare(topics, receivers)
         return self.plans
+
+    def needs(self, topics: Iterable[Topic[Any]]) -> tuple[list[TopicSpec], list[ReceiverSpec]]:
+        """What must be at the broker for these topics and for the groups of `plans`, with their dead letters."""
+        specs = {topic.name: topic_spec(topic, self.namespace, self.adapter.name) for topic in topics}
+        grouped = [(plan, plan.group) for plan in self.plans if plan.group is not None]
+        dead = [dead_spec(plan.physical, group) for plan, group in grouped]
+        return [*specs.values(), *dead], [plan.receiver for plan, _ in grouped]
 
     async def adopt(self, plan: Plan) -> Plan:
         """A plain name's order is what the broker's topic has: ordered where it is keyed."""

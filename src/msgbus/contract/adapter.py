@@ -320,6 +320,19 @@ class HasGroups(Protocol):
         ...
 
 
+@runtime_checkable
+class Exportable(Protocol):
+    """An adapter that can say in its broker's own words what `declare` would make, for operators who make it themselves."""
+
+    async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        """A file for the broker's own tools, to be carried out as often as one likes; "": nothing needs to be made.
+
+        Afterwards `declare` of the same with `create=False` finds all it needs. Changes nothing. Works on a closed adapter too: then the
+        broker is taken to be empty, and its limits to be those that it has by default.
+        """
+        ...
+
+
 def check_options(url: str, options: Mapping[str, str], known: Sequence[str]) -> None:
     """Refuses the first option of a URL that an adapter does not know, naming it and those it knows."""
     for name in options:

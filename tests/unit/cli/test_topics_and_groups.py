@@ -100,3 +100,12 @@ def test_a_broker_of_one_process_is_said_to_be_one(command: list[str], shop: Non
     said = invoke(*command, "shop", "--url", "memory://", "--json")
     assert "lives in one process" in said.err
     assert "lives in one process" not in said.out
+
+
+def test_topics_export_says_when_there_is_nothing_to_create(shop: None, invoke: Invoke, url: str) -> None:
+    """In memory the program makes everything itself: stdout is empty, stderr says so, and nothing was made."""
+    said = invoke("topics", "export", "shop", "--url", url)
+    assert (said.code, said.out) == (0, "")
+    assert f"nothing to create: {url}" in said.err
+    assert json.loads(invoke("topics", "export", "shop", "--url", url, "--json").out) == {"broker": url, "text": ""}
+    assert asyncio.run(groups_at(url)) == []

@@ -25,7 +25,7 @@ _HEADERS = 48 * 1024
 
 
 class KafkaAdapter(Adapter):
-    """Apache Kafka. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`."""
+    """Apache Kafka. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`, `Exportable`."""
 
     schemes: ClassVar[tuple[str, ...]] = ("kafka", "kafkas")
     name: ClassVar[str] = "kafka"
@@ -112,6 +112,11 @@ class KafkaAdapter(Adapter):
     async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], *, create: bool = True) -> None:
         """As the contract says. A topic brings its `.soon`, a group its own; a new topic has as many partitions as shards."""
         await Topology(self._open().cluster, self._settings, self._place.options.get("replication")).declare(topics, receivers, create)
+
+    async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        """A shell script for Kafka's own tools. The replicas of a topic, and its largest message, are as the brokers say once it is open."""
+        cluster = self._cluster or Cluster(self._place.client_options())
+        return Topology(cluster, self._settings, self._place.replication).export(topics, receivers)
 
     async def shards(self, topic: str) -> int | None:
         """The partitions of a topic that is there: Kafka does not know whether its records have keys."""

@@ -11,6 +11,7 @@ from msgbus.contract.adapter import AdapterSettings, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import PRIORITIES, Priority, check_group
 from msgbus.errors import ConfigurationError, InvalidName, TopologyMismatch
 from msgbus_kafka.cluster import BEGINNING, END, Cluster, NewTopic, places_of
+from msgbus_kafka.export import shell
 from msgbus_kafka.names import SOON, group_id, history_id, stream
 from msgbus_kafka.partition import Mark
 
@@ -62,6 +63,20 @@ class Topology:
         for topic_name, group, level, start in groups:
             await self._declare_group(topic_name, group, level, start, create)
 
+    def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        """What `declare` makes where nothing is yet, for Kafka's own tools."""
+        specs = {spec.name: spec for spec in topics}
+        wanted = [topic for spec in topics for topic in self._topics_of(spec, 0)]
+        groups: list[tuple[str, str, str, float | None]] = []
+        for receiver in receivers:
+            spec, group = specs[receiver.topic], receiver.group
+            if group is not None and spec.kind == "work":
+                for level in _levels(spec):
+                    name = group_id(spec.name, group, level)
+                    wanted.append(self._soon(name + SOON, {}))
+                    groups.append((name, stream(spec.name, level), receiver.start, spec.retain))
+        return shell(wanted, groups)
+
     # ------------------------------------------------------------ topics
 
     def _topics_of(self, spec: TopicSpec, partitions: int) -> list[NewTopic]:
@@ -90,7 +105,7 @@ class Topology:
     def _new(self, name: str, partitions: int, configs: Mapping[str, str], replication: int | None = None) -> NewTopic:
         replication = replication or self._replication
         if self._settings.durability == "replicated":
-            replication = replication or min(3, len(self._cluster.nodes))
+            replication = replication or min(3, len(self._cluster.nodes) or 3)
             configs = {"min.insync.replicas": "2", **configs}
         return NewTopic(name, partitions, replication or self._cluster.default_replication, configs)
 

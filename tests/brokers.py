@@ -199,6 +199,10 @@ class Machine(Protocol):
 
     def log(self) -> str: ...
 
+    def shell(self, script: str) -> tuple[int, str]:
+        """Runs a shell script beside the broker, as it is: exit code and output."""
+        ...
+
 
 class _Container:
     def __init__(self, recipe: Recipe, image: str, port: int) -> None:
@@ -238,6 +242,10 @@ class _Container:
 
     def log(self) -> str:
         return str(self._container.logs(tail=20).decode(errors="replace"))
+
+    def shell(self, script: str) -> tuple[int, str]:
+        code, output = self._container.exec_run(["sh", "-c", script], workdir="/tmp")
+        return int(code), str(output.decode(errors="replace"))
 
 
 class _Process:
@@ -286,6 +294,10 @@ class _Process:
 
     def log(self) -> str:
         return "\n".join((self._folder / "log").read_text(errors="replace").splitlines()[-20:])
+
+    def shell(self, script: str) -> tuple[int, str]:
+        done = subprocess.run(["/bin/sh", "-c", script], cwd=self._folder, env=self._variables, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
 
     def _end(self) -> None:
         if not self.ended():
@@ -345,6 +357,10 @@ class Server:
         """It goes on where it was paused; returns when it answers."""
         self._ours().unpause()
         self.wait()
+
+    def shell(self, script: str) -> tuple[int, str]:
+        """Runs a shell script where the broker runs, its own tools on the path: exit code and output."""
+        return self._ours().shell(script)
 
     def wait(self) -> None:
         """Returns when it answers; `Unavailable`, with the end of its log, when it has ended, or does not in time."""

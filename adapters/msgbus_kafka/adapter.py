@@ -114,7 +114,7 @@ class KafkaAdapter(Adapter):
         await Topology(self._open().cluster, self._settings, self._place.options.get("replication")).declare(topics, receivers, create)
 
     async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
-        """A shell script for Kafka's own tools. The replicas of a topic, and its largest message, are as the brokers say once it is open."""
+        """A shell script for Kafka's own tools. Replicas and largest message are as the brokers say, once it is open."""
         cluster = self._cluster or Cluster(self._place.client_options())
         return Topology(cluster, self._settings, self._place.replication).export(topics, receivers)
 

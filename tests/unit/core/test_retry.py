@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from tenacity import (
@@ -137,6 +137,7 @@ errors = st.sampled_from(
 
 
 @given(attempts=st.integers(1, 30), failures=st.lists(errors, min_size=31, max_size=31))
+@settings(deadline=None)
 def test_never_more_runs_than_attempts(attempts: int, failures: list[BaseException]) -> None:
     """However a handler fails, it runs `attempts` times, and then its message is a dead letter of its last error."""
     policy = Retry(attempts=attempts, wait=wait_fixed(0))
@@ -154,6 +155,7 @@ def test_never_more_runs_than_attempts(attempts: int, failures: list[BaseExcepti
 
 
 @given(seed=st.integers(0, 2**32), attempt=st.integers(1, 7))
+@settings(deadline=None)
 def test_the_default_wait_has_full_jitter_from_one_second_to_a_minute(seed: int, attempt: int) -> None:
     """0 to 2**(attempt-1) seconds, never above 60; the same seed gives the same wait."""
 
@@ -172,6 +174,7 @@ def test_the_default_wait_has_full_jitter_from_one_second_to_a_minute(seed: int,
 
 
 @given(age=st.floats(0, 1e9), limit=st.floats(1, 1e6), attempt=st.integers(1, 7))
+@settings(deadline=None)
 def test_no_run_begins_after_max_age(age: float, limit: float, attempt: int) -> None:
     """Whatever the wait, age and wait together stay within `max_age`, or the message is given up."""
     outcome = Retry(wait=wait_random(0, 1e5), max_age=timedelta(seconds=limit)).next_action(attempt, ValueError(), age)

@@ -36,9 +36,9 @@ $3"
 def shell(topics: Sequence[NewTopic], groups: Sequence[tuple[str, str, str, float | None]]) -> str:
     """The script that makes them. Of a group: its id, the topic of its level, where it starts, what the topic retains in seconds."""
     lines = [_HEAD]
-    for topic in topics:
-        configs = [f"--config={name}={value}" for name, value in topic.configs.items()]
-        lines.append(shlex.join(["topic", topic.name, str(topic.partitions), str(topic.replication), *configs]))
+    for new in topics:
+        configs = [f"--config={name}={value}" for name, value in new.configs.items()]
+        lines.append(shlex.join(["topic", new.name, str(new.partitions), str(new.replication), *configs]))
     for group, topic, start, retain in groups:
         later = "--to-latest" if retain is None or start == "latest" else f"--by-duration PT{retain:.0f}S"
         first = "--to-latest" if start == "latest" else "--to-earliest"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from msgbus import Bus, Reject, Topic
+from msgbus.testing.stage import Seen
 
 
 class Order(BaseModel):
@@ -18,7 +19,7 @@ orders = Topic("orders", Order, key="customer")
 bills = Topic("bills", Order)
 
 
-def shop(seen: list[int] | None = None) -> Bus:
+def shop(seen: Seen[int] | None = None) -> Bus:
     """The program; its handler notes what it has seen."""
     bus = Bus(service="billing")
 
@@ -27,7 +28,7 @@ def shop(seen: list[int] | None = None) -> Bus:
         if order.n < 0:
             raise Reject("nothing is bought")
         if seen is not None:
-            seen.append(order.n)
+            await seen.add(order.n)
         return order
 
     return bus

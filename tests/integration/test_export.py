@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from msgbus.cli.app import app
 from msgbus.contract.adapter import HasGroups
 from msgbus.errors import TopologyMismatch
+from msgbus.testing.stage import Seen
+from msgbus.testing.suite_operating import counted
 
 pytestmark = pytest.mark.timeout(240)
 """Each of Kafka's tools starts a virtual machine, one a topic and a group."""
@@ -82,25 +84,22 @@ async def groups(topic: str) -> list[str]:
 
 async def works(count: int) -> None:
     """The program starts, and everything of it works: publishing, consuming, delays, dead letters."""
-    seen: list[int] = []
-    async with asyncio.timeout(60), shop(seen).running() as bus:
+    seen: Seen[int] = Seen()
+    async with shop(seen).running() as bus:
+        letters = bus.dead_letters(orders, group="billing")
         for n in range(count):
             await bus.publish(orders, Order(customer=f"c{n}", n=n))
         await bus.publish(orders, Order(customer="late", n=count), delay=timedelta(seconds=0.5))
         await bus.publish(orders, Order(customer="bad", n=-1))
-        letters = bus.dead_letters(orders, group="billing")
-        while set(seen) != set(range(count + 1)) or await letters.count() != 1:
-            await asyncio.sleep(0.05)
-        assert await letters.redrive(force=True) == 1
-        while await letters.count() != 1:
-            await asyncio.sleep(0.05)
+        await seen.wait_until(lambda items: set(items) == set(range(count + 1)), 30)
+        await counted(letters.count, 1)
         assert await letters.purge() == 1
 
 
 async def test_what_is_exported_is_what_check_asks_for(name: str, running: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, the start is refused and names what is missing; afterwards the program does all it does elsewhere. Carried out again, it
     leaves a group where it is. A topic without a group keeps what it gets for the first one."""
-    with pytest.raises(TopologyMismatch, match="orders.*found none"):
+    with pytest.raises(TopologyMismatch, match=r"orders.*found none"):
         async with shop().running():
             pass
     text = await asyncio.to_thread(exported)
@@ -114,11 +113,10 @@ async def test_what_is_exported_is_what_check_asks_for(name: str, running: Serve
     async with shop() as bus:
         await bus.publish(orders, Order(customer="a", n=7))
     await asyncio.to_thread(apply, name, running, text)
-    seen: list[int] = []
-    async with asyncio.timeout(30), shop(seen).running():
-        while 7 not in seen:
-            await asyncio.sleep(0.02)
-    assert seen == [7], "what was done is not done again, and what waited is there"
+    seen: Seen[int] = Seen()
+    async with shop(seen).running():
+        await seen.wait_until(lambda items: 7 in items, 30)
+    assert seen.items == [7], "what was done is not done again, and what waited is there"
     monkeypatch.setenv("MSGBUS_TOPOLOGY", "create")
     async with shop() as bus, bus.consumer(bills, group="reader") as consumer:
         found = [delivery.message.n for delivery in await consumer.receive(20, timedelta(seconds=20))]

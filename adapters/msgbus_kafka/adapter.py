@@ -111,12 +111,15 @@ class KafkaAdapter(Adapter):
 
     async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], *, create: bool = True) -> None:
         """As the contract says. A topic brings its `.soon`, a group its own; a new topic has as many partitions as shards."""
-        await Topology(self._open().cluster, self._settings, self._place.options.get("replication")).declare(topics, receivers, create)
+        await self._topology(self._open().cluster).declare(topics, receivers, create)
 
     async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
         """A shell script for Kafka's own tools. Replicas and largest message are as the brokers say, once it is open."""
-        cluster = self._cluster or Cluster(self._place.client_options())
-        return Topology(cluster, self._settings, self._place.replication).export(topics, receivers)
+        cluster = self._opened.cluster if self._opened is not None else Cluster(self._place.client_options())
+        return self._topology(cluster).export(topics, receivers)
+
+    def _topology(self, cluster: Cluster) -> Topology:
+        return Topology(cluster, self._settings, self._place.options.get("replication"))
 
     async def shards(self, topic: str) -> int | None:
         """The partitions of a topic that is there: Kafka does not know whether its records have keys."""

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator
 
 from msgbus.contract.adapter import Received
-from msgbus.contract.envelope import NOT_BEFORE
+from msgbus.contract.envelope import NOT_BEFORE, Envelope
 from msgbus.contract.outcome import Dead, Outcome, RetryAfter
 from msgbus.inbound.job import Job, Source
 from msgbus.inbound.lanes import Lanes
@@ -21,6 +21,10 @@ from msgbus.inbound.plan import Plan
 from msgbus.inbound.ready import ByWeight, OneLevel
 from msgbus.inbound.suspects import Suspects
 
+ON_ITS_WAY = 1.0
+"""Seconds after which an ack has reached the broker, if the link holds."""
+COMES_AGAIN = 60.0
+"""Seconds in which a copy is expected of a message that is done, and of which the broker may not know it."""
 LONGEST_WAIT = 366 * 86400.0
 """Seconds: a later not-before makes no sense."""
 
@@ -55,6 +59,8 @@ class Hand:
         self._max_deliveries = max_deliveries
         self._due_while_closed = due_while_closed
         self._jobs: dict[str, Job] = {}
+        self._done: dict[str, float] = {}
+        """What is done, and whose ack may be lost; until when its copy is expected, by the loop's clock."""
         self._idlers: deque[asyncio.Future[bool]] = deque()
         self._gathering: set[asyncio.Future[bool]] = set()
 
@@ -67,6 +73,10 @@ class Hand:
         job = self._jobs.get(envelope.id)
         if job is not None and job not in self._leaving:
             self._adopt(job, source, received)
+            return
+        if self._done and self._is_done(envelope):
+            self._ack(source, received)
+            source.held -= 1
             return
         if envelope.expires_at is not None and envelope.expires_at <= now:
             self.counts["expired"] += 1
@@ -127,7 +137,7 @@ class Hand:
         """It is settled, or its receiver will give it back: its place, its lane and its twins are free."""
         source = job.source
         if ack:
-            source.receiver.ack(job.received)
+            self._ack(source, job.received)
         envelope = job.envelope
         if self._jobs.get(envelope.id) is job:  # else what it left behind has come back
             del self._jobs[envelope.id]
@@ -150,6 +160,28 @@ class Hand:
         for sibling in source.siblings:  # the place may be lent to another level
             if sibling.room is not None:
                 resolve(sibling.room, True)
+
+    def _ack(self, source: Source, received: Received) -> None:
+        """The group is done with it."""
+        source.receiver.ack(received)
+        if received.envelope.group is None:  # what was made for this group, by a retry or a redrive, is another message of its id
+            source.acked.append((self._loop.time(), received.envelope.id))
+            if source.closed or received.tenure.lost:
+                self.ack_again(source)
+
+    def ack_again(self, source: Source) -> None:
+        """The source is closed, or has lost a shard: what it acked last may come again. Then it is acked once more, and not run.
+
+        Else a handler that takes longer than an unsteady link holds would run for ever.
+        """
+        now = self._loop.time()
+        self._done = {id: until for id, until in self._done.items() if until > now}
+        self._done.update((id, now + COMES_AGAIN) for at, id in source.acked if at > now - ON_ITS_WAY)
+        source.acked.clear()
+
+    def _is_done(self, envelope: Envelope) -> bool:
+        """Whether it is only its ack that was lost. Said once: if somebody replays it later, it is to run."""
+        return envelope.group is None and self._done.pop(envelope.id, 0.0) > self._loop.time()
 
     @contextlib.contextmanager
     def leaves(self, job: Job) -> Generator[None, None, None]:

@@ -92,6 +92,7 @@ class Intake:
         sources, self._sources = self._sources, []
         for source in sources:
             source.closed = True
+            self._hand.ack_again(source)
         await asyncio.gather(*(self._carrier.bounded(source.receiver.close()) for source in sources))
         for source in sources:
             self._hand.counts["stale_acks"] += source.receiver.stale_acks

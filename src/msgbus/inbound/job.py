@@ -13,7 +13,7 @@ from msgbus.contract.outcome import Outcome
 class Source:
     """An open receiver of a subscription, one a priority level, and how much of its window is taken."""
 
-    __slots__ = ("active", "asked", "calm", "closed", "held", "level", "ready", "receiver", "room", "share", "siblings", "window")
+    __slots__ = ("acked", "active", "asked", "calm", "closed", "held", "level", "ready", "receiver", "room", "share", "siblings", "window")
 
     def __init__(self, receiver: Receiver, level: Priority, window: int, share: int, ready: deque[Job]) -> None:
         self.receiver = receiver
@@ -34,6 +34,8 @@ class Source:
         """Messages handed out by it and not settled."""
         self.room: asyncio.Future[bool] | None = None
         """Set while its pump waits for room."""
+        self.acked: deque[tuple[float, str]] = deque(maxlen=max(window, 1))
+        """When, by the loop's clock, and which ids were acked last. Such an ack may be lost with the link."""
         self.closed = False
         """Its receiver is closed, or about to be: what it handed out and is not settled comes again, here or elsewhere."""
         self.calm = 0

@@ -56,6 +56,9 @@ async def stop(consumer: Any) -> bool:
             async with asyncio.timeout(STOP_DEADLINE):
                 await consumer.stop()
                 stopped = True
+    except asyncio.CancelledError:  # also where the client awaits a task of its own that it has cancelled before its first step
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise
     finally:
         abandon(consumer)
     return stopped

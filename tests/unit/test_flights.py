@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import logging
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from examples.flights.results import Planes, Results, Seen
 from examples.flights.service import Departure, bus, flights
 from examples.flights.service import departures as topic
 from rich.console import Console
+from tests.departures import write as write_rows
 
 from msgbus import Context, Drop, Reject, Router
 from msgbus.settings import Settings
@@ -32,24 +31,7 @@ ROWS = 3_000
 
 
 def write(path: Path, rows: int = ROWS) -> Expected:
-    """Writes departures of 40 planes, of which some were cancelled, with or without a plane; what must become of them."""
-    chance = random.Random(2013)
-    expected = Expected(rows)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["year", *COLUMNS])
-        for _ in range(rows):
-            cancelled = chance.random() < 0.1
-            delay = chance.randint(-10, 120)
-            plane = "NA" if cancelled and chance.random() < 0.3 else f"N{chance.randint(100, 139)}"
-            writer.writerow(
-                [2013, chance.choice(["UA", "DL"]), chance.randint(1, 9999), plane, "JFK", "SEA"]
-                + (["NA", ""] if cancelled else [chance.randint(1, 2400), delay])
-            )
-            expected.dead += cancelled
-            expected.handled += not cancelled
-            expected.late += not cancelled and delay > 60
-    return expected
+    return write_rows(path, rows)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from urllib.parse import urlsplit
 
 import pytest
-from tests import brokers
+from tests.brokers import RECIPES, Server
 
 from msgbus.contract.address import shard_of
 from msgbus.testing.stage import Broker, Stage
@@ -21,33 +21,27 @@ _figures: list[tuple[str, str, str]] = []
 Figure = Callable[[str, object], None]
 
 
-def broker_called(name: str) -> Broker:
-    """The broker of this name; where it is not to be had, skips, saying why, or fails in CI."""
-    if not os.environ.get(ASKED):
-        pytest.skip("real processes are killed by `make torture` only")
-    try:
-        url = brokers.server(name).url
-    except brokers.Unavailable as why:
-        (pytest.fail if brokers.required() else pytest.skip)(str(why))
-    scheme = urlsplit(url).scheme
-    if scheme not in entry_points(group="msgbus.adapters").names:
-        pytest.skip(f"no adapter for {scheme}:// is installed")
-    partition = shard_of
-    if name == "kafka":
-        from msgbus_kafka.records import partition_of as partition
-    return Broker(url, shard_of=partition)
+if not os.environ.get(ASKED):
+    collect_ignore_glob = ["test_*.py"]  # half an hour: `make test` is without it
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.broker(name)) for name in NAMES])
 def name(request: pytest.FixtureRequest) -> str:
     """Of the broker."""
     return str(request.param)
 
 
 @pytest.fixture
-async def stage(name: str) -> AsyncIterator[Stage]:
+async def stage(name: str, request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
     """A stage on the broker; its namespace is the worker processes' too."""
-    stage = Stage(broker_called(name))
+    scheme = urlsplit(RECIPES[name].url).scheme
+    if scheme not in entry_points(group="msgbus.adapters").names:
+        pytest.skip(f"no adapter for {scheme}:// is installed")
+    partition = shard_of
+    if name == "kafka":
+        from msgbus_kafka.records import partition_of as partition
+    running: Server = request.getfixturevalue("running")
+    stage = Stage(Broker(running.url, shard_of=partition))
     yield stage
     await stage.close()
 

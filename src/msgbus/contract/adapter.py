@@ -164,8 +164,10 @@ class Receiver(ABC):
         """0 to `limit` messages; none after `timeout` seconds, or as soon as the receiver drains.
 
         Never hands out more than `window` un-settled ones. Cancelling it loses nothing. Leases, sessions and heartbeats of what is
-        handed out stay alive while nobody calls. Raises `BrokerUnavailable` when the link is gone: the core closes this receiver and
-        opens another, with back-off; what was un-settled comes again.
+        handed out stay alive while nobody calls: the subscription is paused, its circuit open, or its window full; the receiver is not
+        told which. One of which nothing is handed out may then leave its shards to others, from a second on; the next call brings it
+        back. Raises `BrokerUnavailable` when the link is gone: the core closes this receiver and opens another, with back-off; what was
+        un-settled comes again.
         """
 
     @abstractmethod

@@ -15,7 +15,7 @@ from msgbus_kafka.dead import DeadReceiver
 from msgbus_kafka.membership import GroupReceiver
 from msgbus_kafka.names import group_id, is_dead
 from msgbus_kafka.operations import Operations
-from msgbus_kafka.receiver import KafkaReceiver, consumer_of
+from msgbus_kafka.receiver import KafkaReceiver
 from msgbus_kafka.sender import MAX_DELAY, Sender
 from msgbus_kafka.topology import Topology
 from msgbus_kafka.url import Place, read_url
@@ -63,8 +63,7 @@ class KafkaAdapter(Adapter):
             if self._opened.loop is asyncio.get_running_loop():
                 return
             self._receivers.clear()  # their sockets and tasks ended with the loop
-        options = self._place.client_options()
-        cluster = Cluster(options)
+        cluster = Cluster(self._place.client_options())
         try:
             await cluster.open(self._place.shown)
             if self._settings.durability == "replicated" and len(cluster.nodes) < 2:
@@ -78,7 +77,7 @@ class KafkaAdapter(Adapter):
             cluster.abort()
             raise
         self._body = cluster.max_bytes - _HEADERS
-        self._opened = Operations(cluster, options, Sender(cluster, self._body))
+        self._opened = Operations(cluster, Sender(cluster, self._body))
 
     async def close(self) -> None:
         """Closes every receiver, then the connections."""
@@ -135,18 +134,16 @@ class KafkaAdapter(Adapter):
     async def open_receiver(self, spec: ReceiverSpec) -> Receiver:
         """`BrokerUnavailable` too where topic or group were not declared, or the group was dropped. A group is joined in the background."""
         opened = self._open()
-        cluster, options = opened.cluster, opened.options
-        closed = self._receivers.discard
+        cluster, settings, peers = opened.cluster, self._settings, self._receivers
         receiver: KafkaReceiver
         if is_dead(spec.topic) and spec.group == DEAD_GROUP:
-            receiver = DeadReceiver(spec, cluster, self._settings, options, opened.sender, closed)
+            receiver = DeadReceiver(spec, cluster, settings, peers, opened.sender)
         elif spec.group is None:
-            receiver = KafkaReceiver(spec, cluster, self._settings, consumer_of(options, cluster), closed)
+            receiver = KafkaReceiver(spec, cluster, settings, peers)
         elif await cluster.committed(group_id(spec.topic, spec.group, spec.priority)):
-            receiver = GroupReceiver(spec, cluster, self._settings, options, self._place.options.get("instance"), closed)
+            receiver = GroupReceiver(spec, cluster, settings, peers, self._place.options.get("instance"))
         else:
             raise BrokerUnavailable(f"Kafka has no group {spec.group!r} of topic {spec.topic!r}: declare it first")
-        self._receivers.add(receiver)
         await receiver.open()
         return receiver
 
@@ -165,8 +162,12 @@ class KafkaAdapter(Adapter):
         }
 
     async def depth(self, topic: str, group: str) -> Depth:
-        """Approximate."""
-        return await self._open().depth(topic, group)
+        """Approximate; of dead letters, what this adapter has handed out is `in_flight`."""
+        opened = self._open()
+        if not is_dead(topic):
+            return await opened.depth(topic, group)
+        held = sum(receiver.in_hand(topic) for receiver in self._receivers if isinstance(receiver, DeadReceiver))
+        return Depth(max(0, len(await opened.letters(topic)) - held), held, 0, approximate=True)
 
     def peek(self, topic: str, group: str) -> AsyncIterator[Envelope]:
         """Oldest first."""

@@ -8,9 +8,8 @@ own base of all its clients.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -51,9 +50,10 @@ class NewTopic(NamedTuple):
 
 
 class Cluster:
-    """Every method but `produce` raises msgbus's errors."""
+    """Every method but `produce` raises msgbus's errors. `options`: keyword arguments of every client of aiokafka, each of its own type."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
         self._client = AIOKafkaClient(**options, request_timeout_ms=int(DEADLINE * 1000))
         self.nodes: list[int] = []
         self.default_replication = 1
@@ -73,9 +73,7 @@ class Cluster:
 
     async def close(self) -> None:
         """Bounded in time."""
-        with contextlib.suppress(*CLIENT_ERRORS):
-            async with asyncio.timeout(CLOSE):
-                await self._client.close()
+        await ended(self._client.close(), CLOSE)
         self.abort()
 
     def abort(self) -> None:
@@ -238,6 +236,16 @@ class Cluster:
 def places_of(partitions: Mapping[str, Iterable[int]]) -> list[TopicPartition]:
     """The partitions of topics, by their numbers."""
     return [TopicPartition(topic, number) for topic, numbers in partitions.items() for number in numbers]
+
+
+async def ended(ending: Coroutine[Any, Any, None], seconds: float) -> bool:
+    """Whether it comes to its end in time. What it raises stays in it: aiokafka lets its own tasks' `CancelledError` out."""
+    task = asyncio.create_task(ending)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        return task.done() and not task.cancelled() and task.exception() is None
+    finally:
+        task.cancel()
 
 
 def abort(*owners: object) -> None:

@@ -7,8 +7,6 @@ those out, and then what comes; tombstones that others write meanwhile are heede
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from aiokafka import TopicPartition
 
@@ -25,12 +23,12 @@ SCAN_DEADLINE = 60.0
 _ANY = 2**63
 
 
-async def living(options: Mapping[str, Any], cluster: Cluster, topic: str) -> tuple[list[Record], int]:
+async def living(cluster: Cluster, topic: str) -> tuple[list[Record], int]:
     """The letters of a dead topic that are not settled, oldest first, and the offset up to which that is so."""
     place = TopicPartition(topic, 0)
     position, end = [(await cluster.offsets({place: moment}))[place] for moment in (BEGINNING, END)]
     live: dict[bytes, Record] = {}
-    consumer = consumer_of(options, cluster)
+    consumer = consumer_of(cluster)
     try:
         async with asyncio.timeout(SCAN_DEADLINE):
             await consumer.start()
@@ -53,24 +51,15 @@ async def living(options: Mapping[str, Any], cluster: Cluster, topic: str) -> tu
 class DeadReceiver(KafkaReceiver):
     """Hands out what lives of a group's dead letters. Several at once hand out the same ones."""
 
-    def __init__(
-        self,
-        spec: ReceiverSpec,
-        cluster: Cluster,
-        settings: AdapterSettings,
-        options: Mapping[str, Any],
-        sender: Sender,
-        on_close: Callable[[KafkaReceiver], None],
-    ) -> None:
-        super().__init__(spec, cluster, settings, consumer_of(options, cluster), on_close)
-        self._options = options
+    def __init__(self, spec: ReceiverSpec, cluster: Cluster, settings: AdapterSettings, peers: set[KafkaReceiver], sender: Sender) -> None:
+        super().__init__(spec, cluster, settings, peers)
         self._sender = sender
         self._ack_window = _ANY  # nothing is committed: what is settled is settled, whatever lies before it
         self._offsets: dict[bytes, int] = {}
         self._settled: list[bytes] = []
 
     async def _begin(self) -> None:
-        letters, end = await living(self._options, self._cluster, self._stream)
+        letters, end = await living(self._cluster, self._stream)
         place = TopicPartition(self._stream, 0)
         self._consumer.assign([place])
         self._consumer.seek(place, end)
@@ -91,9 +80,13 @@ class DeadReceiver(KafkaReceiver):
     def ack(self, received: Received) -> None:
         """A tombstone, written with others within a twentieth of a second."""
         partition, offset = received.token
-        if offset in partition.unsettled and not partition.gone:
+        if offset in partition.unsettled and not partition.tenure.lost:
             self._settled.append(received.native.key or b"")  # type: ignore[attr-defined]  # a record
         super().ack(received)
+
+    def in_hand(self, topic: str) -> int:
+        """How many of a topic's letters are handed out here."""
+        return self._held() if topic == self._stream else 0
 
     async def _settle(self) -> None:
         if keys := [*self._settled]:

@@ -7,19 +7,18 @@ receiver that is not read just now, is set out of the way. Who shares out is `sh
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
+from aiokafka import ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
 
 from msgbus.contract.adapter import AdapterSettings, Received, ReceiverSpec
 from msgbus.errors import BrokerUnavailable, MsgbusError
-from msgbus_kafka.cluster import BEGINNING, END, Cluster
+from msgbus_kafka.cluster import BEGINNING, END, Cluster, ended
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, group_id, orders_id
 from msgbus_kafka.partition import Partition, State, read_mark, suspects_of
-from msgbus_kafka.receiver import CALL_DEADLINE, LAST_CALL_DEADLINE, KafkaReceiver, consumer_of, stop
+from msgbus_kafka.receiver import CALL_DEADLINE, LAST_CALL_DEADLINE, KafkaReceiver, stop
 from msgbus_kafka.sharing import Claims, Sharing
 
 LEAVE_AFTER = 1.0
@@ -37,31 +36,16 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
     """aiokafka tells it of rebalances as its listener; what it calls there must not raise."""
 
     def __init__(
-        self,
-        spec: ReceiverSpec,
-        cluster: Cluster,
-        settings: AdapterSettings,
-        options: Mapping[str, Any],
-        instance: str | None,
-        on_close: Callable[[KafkaReceiver], None],
+        self, spec: ReceiverSpec, cluster: Cluster, settings: AdapterSettings, peers: set[KafkaReceiver], instance: str | None
     ) -> None:
         self._group = group_id(spec.topic, spec.group or "", spec.priority)
         self._sharing = Sharing(self._claims)
-        super().__init__(spec, cluster, settings, self._member(cluster, settings, options, instance), on_close)
-        self._member_id = ""
-        self._suspended = True
-        self._away = False  # from its group, until somebody receives again
-        self._look_at_orders = 0.0
-        self._receiving_until = self._loop.time()
-        self._in_hand: set[TopicPartition] = set()  # when the group began to share out
-        self._calling: asyncio.TimerHandle | None = None
-        self._one_commit = asyncio.Lock()
-
-    def _member(self, cluster: Cluster, settings: AdapterSettings, options: Mapping[str, Any], instance: str | None) -> AIOKafkaConsumer:
         session = int(settings.session_timeout * 1000)
-        return consumer_of(
-            options,
+        super().__init__(
+            spec,
             cluster,
+            settings,
+            peers,
             group_id=self._group,
             group_instance_id=instance,
             session_timeout_ms=session,
@@ -71,6 +55,14 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             max_poll_interval_ms=_NEVER,
             request_timeout_ms=session + 10_000,  # joining takes as long as a rebalance may
         )
+        self._member_id = ""
+        self._suspended = True
+        self._away = False  # from its group, until somebody receives again
+        self._look_at_orders = 0.0
+        self._receiving_until = self._loop.time()
+        self._in_hand: set[TopicPartition] = set()  # when the group began to share out
+        self._calling: asyncio.TimerHandle | None = None
+        self._one_commit = asyncio.Lock()
 
     async def _begin(self) -> None:
         self._away = False
@@ -93,8 +85,12 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             self._fail(translate(error, f"in group {self._group!r}"))
         if not self._suspended and self._loop.time() >= self._look_at_orders:
             self._look_at_orders = self._loop.time() + ORDERS_EVERY
-            with contextlib.suppress(MsgbusError):
+            try:
                 self._carry_out(await self._cluster.committed(orders_id(self._group)))
+                if not await self._cluster.committed(self._group):
+                    self._fail(self._dropped())
+            except MsgbusError:
+                return  # who is away says so by other ways
 
     @property
     def _coordinator(self) -> Any:
@@ -133,11 +129,15 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             return "open"
         return "alone" if partition.held else "clean"
 
-    async def _before_handing_out(self) -> bool:
+    async def _may_go(self, taken: Sequence[Received]) -> bool:
         """While anything is suspect, what is handed out is written down before: a death then counts for that alone."""
-        if self._spec.quarantine or any(partition.suspects for partition in self._partitions.values()):
-            return await self._commit()  # all: what was alone before is not any more
-        return True
+        noted = not (self._spec.quarantine or any(partition.suspects for partition in self._partitions.values()))
+        try:
+            noted = noted or await self._commit()  # all partitions: what was alone before is not any more
+        finally:
+            for received in () if noted else reversed(taken):
+                await self.release(received)
+        return noted
 
     async def _leave_to_others(self) -> None:
         self._suspended = self._away = True
@@ -152,9 +152,7 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         await self._commit("clean", LAST_CALL_DEADLINE)
         member = self._coordinator.member_id
         if not await stop(self._consumer) and member:  # it waits in a rebalance; others should not wait for its session's end
-            with contextlib.suppress(MsgbusError, TimeoutError):
-                async with asyncio.timeout(LAST_CALL_DEADLINE):
-                    await self._cluster.dismiss(self._group, member)
+            await ended(self._cluster.dismiss(self._group, member), LAST_CALL_DEADLINE)
 
     # ------------------------------------------------------------ coming and going of partitions
 
@@ -203,7 +201,7 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         """Where each partition that comes to us stands, by what was committed last."""
         committed = await self._cluster.committed(self._group)
         if not committed:
-            raise BrokerUnavailable(f"group {self._spec.group!r} of topic {self._spec.topic!r} was dropped")
+            raise self._dropped()
         marks = {place: read_mark(committed[place][1]) for place in places if place in committed}
         new = dict.fromkeys((place for place in places if place not in committed), BEGINNING)  # a partition that was added since
         died_over = dict.fromkeys((place for place, mark in marks.items() if mark.state != "clean"), END)
@@ -218,6 +216,9 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             partition.upto = partition.position
             self._consumer.seek(partition.place, partition.position)
         return partitions
+
+    def _dropped(self) -> BrokerUnavailable:
+        return BrokerUnavailable(f"group {self._spec.group!r} of topic {self._spec.topic!r} was dropped")
 
     def _let_go(self, partition: Partition, offset: int) -> None:
         super()._let_go(partition, offset)

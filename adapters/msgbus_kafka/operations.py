@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 from aiokafka import TopicPartition
 
@@ -37,16 +36,13 @@ _DISMISSALS = 5
 class Operations:
     """Works on groups of one open adapter's cluster. Raises `NotFound` where there is no such group."""
 
-    def __init__(self, cluster: Cluster, options: Mapping[str, Any], sender: Sender) -> None:  # Any: arguments of aiokafka's clients
+    def __init__(self, cluster: Cluster, sender: Sender) -> None:
         self.cluster = cluster
-        self.options = options
         self.sender = sender
         self.loop = asyncio.get_running_loop()
 
     async def depth(self, topic: str, group: str) -> Depth:
         """`ready` is the distance from the committed heads to the ends; what is in hand is not told apart."""
-        if is_dead(topic):
-            return Depth(len(await self._letters(topic)), None, 0, approximate=True)
         counts = {True: 0, False: 0}
         for level, committed in (await self._committed(topic, group)).items():
             for place, (head, end) in (await self._left(committed)).items():
@@ -57,13 +53,13 @@ class Operations:
         """Of dead letters, oldest first; of nothing else, for which Kafka has tools."""
         if not is_dead(topic):
             raise UnsupportedFeature("looking at what waits in a group", "Kafka", "kafka-console-consumer.sh, which takes nothing")
-        for letter in await self._letters(topic):
+        for letter in await self.letters(topic):
             yield read_dead(letter, topic)
 
     async def purge(self, topic: str, group: str) -> int:
         """Discards what was not handed out. Of a group that is at work its receivers do so: it takes a second."""
         if is_dead(topic):
-            keys = [letter.key or b"" for letter in await self._letters(topic)]
+            keys = [letter.key or b"" for letter in await self.letters(topic)]
             if left := await self.sender.bury(topic, keys, CLOSE):
                 raise BrokerUnavailable(f"{len(left)} dead letters of {topic!r} could not be purged")
             return len(keys)
@@ -131,10 +127,11 @@ class Operations:
             self.sender.forget(name + SOON)
         return found
 
-    async def _letters(self, topic: str) -> Sequence[Record]:
+    async def letters(self, topic: str) -> Sequence[Record]:
+        """The dead letters that are not settled, oldest first."""
         if topic not in await self.cluster.leaders([topic]):
             raise NotFound(f"there is no Kafka topic {topic!r}")
-        return (await living(self.options, self.cluster, topic))[0]
+        return (await living(self.cluster, topic))[0]
 
     async def _left(self, committed: Committed) -> dict[TopicPartition, tuple[int, int]]:
         """Head and end of each partition; where retention went beyond a head, the log's own beginning."""

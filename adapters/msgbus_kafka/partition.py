@@ -84,9 +84,8 @@ class Partition:
     purged: int = 0
     """What was not handed out before it is discarded."""
     committed: tuple[int, str] | None = None
-    gone: bool = False
-    """No longer ours. The tenure says so too, but the core may say so there before it is. While that is draining, another waits for us."""
     tenure: Tenure = field(default_factory=Tenure)
+    """While it is draining, another waits for us."""
     unsettled: dict[int, Received] = field(default_factory=dict[int, Received])
     """By offset, in order: what was read and is not settled."""
     ready: deque[Received] = field(default_factory=deque[Received])
@@ -95,10 +94,6 @@ class Partition:
     """A heap of what is not due yet: moment, offset."""
     held: set[int] = field(default_factory=set[int])
     """What is handed out and not settled."""
-
-    def lose(self) -> None:
-        """It is no longer ours."""
-        self.gone = self.tenure.lost = True
 
     def head(self) -> int:
         """Everything before it is settled."""

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerUnavailable, MsgbusError
-from msgbus_kafka.cluster import END, Cluster, abort, places_of
+from msgbus_kafka.cluster import END, Cluster, abort, ended, places_of
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, stream
 from msgbus_kafka.partition import Partition
@@ -38,55 +38,36 @@ FETCH_WAIT = 100
 """Milliseconds that a fetch waits at the broker; also how long a partition that was left out may wait to be fetched again."""
 
 
-def consumer_of(options: Mapping[str, Any], cluster: Cluster, **more: Any) -> AIOKafkaConsumer:
+def consumer_of(cluster: Cluster, **more: Any) -> AIOKafkaConsumer:
     """A consumer that commits nothing by itself. `more`: of aiokafka's many arguments, each with a type of its own."""
-    return AIOKafkaConsumer(
-        **options,
-        **{"fetch_max_wait_ms": FETCH_WAIT, "max_partition_fetch_bytes": 2 * cluster.max_bytes + 65536, **more},
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-    )
+    more |= {"enable_auto_commit": False, "auto_offset_reset": "earliest", "fetch_max_wait_ms": FETCH_WAIT}
+    return AIOKafkaConsumer(**cluster.options, **more, max_partition_fetch_bytes=2 * cluster.max_bytes + 65536)
 
 
-async def stop(consumer: Any) -> bool:
-    """Ends a consumer in bounded time; False: it did not say goodbye. Any: its parts are looked at that have no public name."""
-    stopped = False
+async def stop(consumer: AIOKafkaConsumer) -> bool:
+    """Ends a consumer in bounded time; False: it did not say goodbye."""
     try:
-        with contextlib.suppress(*CLIENT_ERRORS):
-            async with asyncio.timeout(STOP_DEADLINE):
-                await consumer.stop()
-                stopped = True
-    except asyncio.CancelledError:  # also where the client awaits a task of its own that it has cancelled before its first step
-        if (task := asyncio.current_task()) is not None and task.cancelling():
-            raise
+        return await ended(consumer.stop(), STOP_DEADLINE)
     finally:
         abandon(consumer)
-    return stopped
 
 
 def abandon(consumer: Any) -> None:
-    """Ends a consumer at once, without a word to the brokers. Any: as in `stop`."""
+    """Ends a consumer at once, without a word to the brokers. Any: parts of it are meant that have no public name."""
     consumer._closed = True  # noqa: SLF001  or its __del__ complains
     abort(*(getattr(consumer, part, None) for part in ("_coordinator", "_fetcher", "_client")))
 
 
 class KafkaReceiver(Receiver):
-    """A private one, of what is sent from now on. Made, then opened, by `KafkaAdapter.open_receiver`."""
+    """A private one, of what is sent from now on. Made, then opened, by `KafkaAdapter.open_receiver`; among `peers` until it is closed."""
 
-    def __init__(
-        self,
-        spec: ReceiverSpec,
-        cluster: Cluster,
-        settings: AdapterSettings,
-        consumer: AIOKafkaConsumer,
-        on_close: Callable[[KafkaReceiver], None],
-    ) -> None:
+    def __init__(self, spec: ReceiverSpec, cluster: Cluster, settings: AdapterSettings, peers: set[KafkaReceiver], **consumer: Any) -> None:
         self.stale_acks = 0
         self._spec = spec
         self._cluster = cluster
         self._settings = settings
-        self._consumer = consumer
-        self._on_close = on_close
+        self._consumer = consumer_of(cluster, **consumer)
+        self._peers = peers
         self._loop = asyncio.get_running_loop()
         self._stream = stream(spec.topic, spec.priority)
         self._window = 1 if spec.quarantine else max(spec.window, 1)
@@ -101,10 +82,6 @@ class KafkaReceiver(Receiver):
         self._waiter: asyncio.Future[None] | None = None
         self._dirty = asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else "draining" if self._stopped else "open"
-        return f"<{type(self).__name__} topic={self._spec.topic!r} group={self._spec.group!r} held={self._held()} {state}>"
 
     # ------------------------------------------------------------ what the kinds do in their own ways
 
@@ -122,8 +99,8 @@ class KafkaReceiver(Receiver):
     async def _prepare(self) -> None:
         """Comes before each look for messages."""
 
-    async def _before_handing_out(self) -> bool:
-        """False: what was taken must not be handed out yet."""
+    async def _may_go(self, taken: Sequence[Received]) -> bool:
+        """Whether what was taken may be handed out now. Else, and where it raises, it is given back."""
         return True
 
     def _read(self, partition: Partition, record: Record) -> tuple[Envelope, float] | None:
@@ -134,6 +111,7 @@ class KafkaReceiver(Receiver):
 
     async def open(self) -> None:
         """Connects; a group is joined in the background. Closes what it opened where it fails."""
+        self._peers.add(self)
         try:
             async with asyncio.timeout(CALL_DEADLINE + self._settings.session_timeout):
                 await self._consumer.start()
@@ -182,14 +160,8 @@ class KafkaReceiver(Receiver):
             self._crowded = room <= 0
             if room > 0 and not self._suspended:
                 await self._fetch(room)
-                if taken := self._take(room):
-                    try:
-                        if await self._before_handing_out():
-                            return taken
-                    except BaseException:
-                        await self._take_back(taken)
-                        raise
-                    await self._take_back(taken)
+                if (taken := self._take(room)) and await self._may_go(taken):
+                    return taken
             left = deadline - self._loop.time()
             if left <= 0:
                 return []
@@ -257,10 +229,6 @@ class KafkaReceiver(Receiver):
                 taken.append(received)
         return taken
 
-    async def _take_back(self, taken: Iterable[Received]) -> None:
-        for received in reversed([*taken]):
-            await self.release(received)
-
     async def _wait(self, timeout: float) -> None:
         """Until anything happens: a fetch that came in, room, something that is due."""
         due = min((partition.later[0][0] for partition in self._partitions.values() if partition.later), default=float("inf"))
@@ -288,7 +256,7 @@ class KafkaReceiver(Receiver):
         partition, offset = received.token
         if partition.unsettled.pop(offset, None) is None:
             return
-        if partition.gone:
+        if partition.tenure.lost:
             self.stale_acks += 1
             return
         self._let_go(partition, offset)
@@ -297,7 +265,7 @@ class KafkaReceiver(Receiver):
     async def release(self, received: Received) -> None:
         """Back to this receiver's own queue: nobody else may read the partition. Nothing waits."""
         partition, offset = received.token
-        if offset in partition.held and not partition.gone:
+        if offset in partition.held and not partition.tenure.lost:
             if not self._stopped:
                 ready = partition.ready
                 ready.appendleft(received)
@@ -313,7 +281,7 @@ class KafkaReceiver(Receiver):
 
     def _lose(self, partitions: Iterable[Partition]) -> None:
         for partition in list(partitions):
-            partition.lose()
+            partition.tenure.lost = True
             self._partitions.pop(partition.place, None)
             self._interrupted = True
         self._wake()
@@ -330,7 +298,7 @@ class KafkaReceiver(Receiver):
         if self._closed:
             return
         self._closed = self._stopped = True
-        self._on_close(self)
+        self._peers.discard(self)
         try:
             if self._tending is not None:
                 self._tending.cancel()
@@ -344,7 +312,7 @@ class KafkaReceiver(Receiver):
         if not self._closed:
             self._fail(BrokerUnavailable("the Kafka adapter was abandoned"))
             self._closed = self._stopped = True
-            self._on_close(self)
+            self._peers.discard(self)
         if self._tending is not None:
             self._tending.cancel()
         self._lose(self._partitions.values())

@@ -22,17 +22,15 @@ def _mechanism(text: str) -> str:
     return text
 
 
-_SETTINGS: dict[str, Read] = {
-    "ack_window": positive,
-    "dead_letter_retention": seconds,
+_TLS = ("cafile", "certfile", "keyfile")
+_KNOWN: dict[str, Read] = {
+    **dict.fromkeys(("dead_letter_retention", "heartbeat", "session_timeout"), seconds),
+    **dict.fromkeys(("ack_window", "replication", "shards"), positive),
+    **dict.fromkeys((*_TLS, "client_id", "instance"), str),
     "durability": durability,
-    "heartbeat": seconds,
+    "mechanism": _mechanism,
     "require_durable": boolean,
-    "session_timeout": seconds,
-    "shards": positive,
 }
-_TLS: dict[str, Read] = {"cafile": str, "certfile": str, "keyfile": str}
-_OWN: dict[str, Read] = {"client_id": str, "instance": str, "mechanism": _mechanism, "replication": positive}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -43,7 +41,7 @@ class Place:
     servers: tuple[str, ...]
     user: str
     password: str
-    options: Mapping[str, Any]  # Any: each option of `_TLS` and `_OWN` has a type of its own
+    options: Mapping[str, Any]  # Any: each has a type of its own
 
     @property
     def shown(self) -> str:
@@ -79,12 +77,12 @@ def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) ->
     if parts.path not in ("", "/") or parts.fragment:  # what is there may be the rest of a password, and the host its beginning
         raise ConfigurationError(_SHAPE)
     shown = f"{parts.scheme}://{netloc}"
-    read = read_options(shown, options, {**_SETTINGS, **_TLS, **_OWN})
-    for name in read.keys() & _TLS.keys() if parts.scheme != "kafkas" else ():
-        raise ConfigurationError(f"option {name!r} of {shown}: TLS is kafkas://")
+    read = read_options(shown, options, _KNOWN)
+    if parts.scheme != "kafkas" and (tls := read.keys() & {*_TLS}):
+        raise ConfigurationError(f"option {min(tls)!r} of {shown}: TLS is kafkas://")
     if "mechanism" in read and not user:
         raise ConfigurationError(f"option 'mechanism' of {shown}: there is no user in the URL")
-    settings = replace(settings, **{name: read.pop(name) for name in [*read] if name in _SETTINGS})
+    settings = replace(settings, **{name: read.pop(name) for name in [*read] if hasattr(settings, name)})
     if settings.durability == "fsync":
         raise UnsupportedFeature("durability 'fsync'", "Kafka", "durability 'replicated', or flush.messages=1 in Topic(native=…)")
     return Place(parts.scheme, tuple(map(_server, netloc.split(","))), unquote(user), unquote(password), read), settings

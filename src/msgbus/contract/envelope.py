@@ -7,6 +7,8 @@ the broker has a place of its own. msgbus's bookkeeping is in headers called `ms
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -96,7 +98,13 @@ def new_id() -> str:
 
 def utc_text(moment: float) -> str:
     """RFC 3339 with microseconds, as `ce-time` and the record of a dead letter have it; from seconds since the epoch."""
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    second = math.floor(moment)
+    return f"{_second_text(second)}.{int((moment - second) * 1_000_000):06d}Z"
+
+
+@functools.lru_cache(8)  # many messages are published within a second
+def _second_text(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat().removesuffix("+00:00")
 
 
 def parse_utc(text: str | None) -> datetime | None:

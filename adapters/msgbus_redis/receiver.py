@@ -45,7 +45,7 @@ class Entry(Tenure):
     received: Received
 
     def __init__(self, stream: int, id_: bytes, count: int, since: float) -> None:
-        super().__init__()
+        self.draining = self.lost = False
         self.stream = stream
         """The number of its stream, the receiver's own numbering."""
         self.id = id_

@@ -30,7 +30,7 @@ R = TypeVar("R")
 class Facts:
     """What a handler can know of its delivery. Read from the envelope when asked."""
 
-    __slots__ = ("_envelope", "_published_at", "_publisher", "attempt", "deadline", "group", "topic")
+    __slots__ = ("_published_at", "_publisher", "attempt", "deadline", "envelope", "group", "topic")
 
     def __init__(
         self,
@@ -42,7 +42,8 @@ class Facts:
         attempt: int,
         deadline: datetime | None = None,
     ) -> None:
-        self._envelope = envelope
+        self.envelope = envelope
+        """What travelled, untouched: for middleware and for those who need the body."""
         self._publisher = publisher
         self._published_at: datetime | None = None
         self.topic = topic
@@ -55,44 +56,39 @@ class Facts:
 
     @property
     def id(self) -> str:
-        return self._envelope.id
+        return self.envelope.id
 
     @property
     def key(self) -> str | None:
         """The ordering key."""
-        return self._envelope.key
+        return self.envelope.key
 
     @property
     def headers(self) -> Mapping[str, str]:
         """The headers that the publisher gave; msgbus's own are facts of their own."""
-        return {name: value for name, value in self._envelope.headers.items() if name not in HIDDEN and not name.startswith(OWN)}
+        return {name: value for name, value in self.envelope.headers.items() if name not in HIDDEN and not name.startswith(OWN)}
 
     @property
     def published_at(self) -> datetime:
         """When it was first published, by the publisher's clock; when this process first looked, where the message does not say."""
         if self._published_at is None:
-            self._published_at = parse_utc(self._envelope.headers.get(CE_TIME)) or datetime.now(UTC)
+            self._published_at = parse_utc(self.envelope.headers.get(CE_TIME)) or datetime.now(UTC)
         return self._published_at
 
     @property
     def idempotency_key(self) -> str:
         """Names the one effect intended; the publisher's, else the id."""
-        return self._envelope.headers.get(CE_IDEMPOTENCY_KEY) or self._envelope.id
+        return self.envelope.headers.get(CE_IDEMPOTENCY_KEY) or self.envelope.id
 
     @property
     def correlation_id(self) -> str:
         """The conversation; the first message's id, handed on by all that follow from it."""
-        return self._envelope.headers.get(CE_CORRELATION) or self._envelope.id
+        return self.envelope.headers.get(CE_CORRELATION) or self.envelope.id
 
     @property
     def causation_id(self) -> str | None:
         """The id of the message whose handling published this one."""
-        return self._envelope.headers.get(CE_CAUSATION)
-
-    @property
-    def envelope(self) -> Envelope:
-        """What travelled, untouched: for middleware and for those who need the body."""
-        return self._envelope
+        return self.envelope.headers.get(CE_CAUSATION)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(topic={self.topic!r}, group={self.group!r}, id={self.id!r}, attempt={self.attempt})"
@@ -109,7 +105,7 @@ class Context(Facts, Publishes):
     async def publish(self, topic: str, message: object, /, **options: Unpack[PublishOptions]) -> Receipt: ...
     async def publish(self, topic: Topic[Any] | str, message: Any, /, **options: Unpack[PublishOptions]) -> Receipt:
         """Sent at once and confirmed, as `Publishes.publish`; again if the handler is run again."""
-        previous = handling.set(self._envelope)
+        previous = handling.set(self.envelope)
         try:
             return await self._publisher.publish(topic, message, **options)
         finally:
@@ -119,7 +115,7 @@ class Context(Facts, Publishes):
         self, topic: Topic[M], messages: Iterable[M] | AsyncIterable[M], /, **options: Unpack[PublishManyOptions]
     ) -> int:
         """Sent at once and confirmed, as `Publishes.publish_many`; again if the handler is run again."""
-        previous = handling.set(self._envelope)
+        previous = handling.set(self.envelope)
         try:
             return await self._publisher.publish_many(topic, messages, **options)
         finally:
@@ -160,7 +156,7 @@ class SyncContext(Facts, SyncPublishes):
         if self._loop.is_closed():  # a thread that outlasted the drain, and the program around it
             publishing.close()
             raise BusNotEntered("the bus was left while this handler ran on: nothing was sent")
-        previous = handling.set(self._envelope)  # of a batch, this member; the loop's task starts with a copy of our context
+        previous = handling.set(self.envelope)  # of a batch, this member; the loop's task starts with a copy of our context
         try:
             waiting = asyncio.run_coroutine_threadsafe(publishing, self._loop)
         finally:

@@ -293,12 +293,6 @@ class Hand:
         """It will look at what is ready again."""
         self.awake += 1
 
-    def leave_slot(self) -> None:
-        """A run has ended, and its message is settled, or waits."""
-        self.running -= 1
-        if self.quiet is not None and not self.running:
-            self.quiet.set()
-
 
 def _rest_of_wait(not_before: str, now: float) -> Outcome | None:
     """A wait longer than the broker's longest delay goes round until its time has come."""

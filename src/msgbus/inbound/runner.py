@@ -305,7 +305,9 @@ class Runner:
                 else:
                     await self._run_one(job)
             finally:
-                hand.leave_slot()
+                hand.running -= 1
+                if hand.quiet is not None and not hand.running:
+                    hand.quiet.set()
             if task.cancelling() and not self._cutting:
                 await _forget_cancelling(task)
 

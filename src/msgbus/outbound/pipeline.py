@@ -1,7 +1,8 @@
 """Pipeline: envelope → publish middleware → the adapter. Concurrent publishes are batched by themselves; nothing waits on a timer.
 
-Who publishes alone goes at once. Who publishes to a topic while another is on the way to it joins the next batch. What was
-`BrokerUnavailable` (stored nowhere) is sent again, same id, with back-off, until `publish_timeout`; nothing else is.
+Who publishes alone goes at once. Who publishes to a topic while another is on the way to it joins the next batch, which goes when that one
+has landed; or, where many wait and nothing has a key whose order it could break, at once, so that broker and publishers work side by side.
+What was `BrokerUnavailable` (stored nowhere) is sent again, same id, with back-off, until `publish_timeout`; nothing else is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -22,6 +24,8 @@ log = logging.getLogger("msgbus")
 
 MAX_BATCH = 500
 """Messages in one `Adapter.send`."""
+MANY = 64
+"""Messages without keys that wait for a topic: so many go while one batch is on the way."""
 MAX_SPREAD = 0.1
 """How far apart the deadlines of one batch may be, as a part of `publish_timeout`: a batch has its oldest member's."""
 GRACE = 1.0
@@ -35,7 +39,22 @@ _sent: ContextVar[list[str]] = ContextVar("msgbus_sent")
 class _Waiting(NamedTuple):
     envelope: Envelope
     deadline: float
-    outcome: asyncio.Future[SendOutcome]
+    confirmed: asyncio.Future[None]
+
+
+class _Line:
+    """Of one topic: who waits, how many sends are on the way, and whether a key was ever among them: then it is one at a time."""
+
+    __slots__ = ("keyed", "under_way", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: list[_Waiting] = []
+        self.under_way = 0
+        self.keyed = False
+
+    def may_go(self) -> bool:
+        """Whether who waits goes now that a send has landed."""
+        return self.under_way == 1 or not self.keyed
 
 
 class Pipeline:
@@ -45,8 +64,7 @@ class Pipeline:
         self.publish_timeout = publish_timeout
         self._adapter = adapter
         self._loop = asyncio.get_running_loop()
-        self._under_way: set[str] = set()  # topics with a send on the way
-        self._waiting: dict[str, list[_Waiting]] = {}
+        self._lines: defaultdict[str, _Line] = defaultdict(_Line)
         self._flushes: set[asyncio.Task[None]] = set()
         self._delivering = 0  # calls of `deliver` that have no outcomes yet
         self._quiet: asyncio.Event | None = None  # while `close` waits for them
@@ -74,43 +92,49 @@ class Pipeline:
         await self._send(envelope)
         _sent.get().append(envelope.id)
 
-    async def _send(self, envelope: Envelope) -> None:
-        """Returns once it is confirmed; raises the outcome otherwise."""
-        topic = envelope.topic
+    def _send(self, envelope: Envelope) -> Awaitable[None]:
+        """Ends once it is confirmed; raises the outcome otherwise."""
+        line = self._lines[envelope.topic]
+        if envelope.key is not None:
+            line.keyed = True
         deadline = self._loop.time() + self.publish_timeout
-        if topic in self._under_way:
-            future: asyncio.Future[SendOutcome] = self._loop.create_future()
-            self._waiting.setdefault(topic, []).append(_Waiting(envelope, deadline, future))
-            outcome = await future
-        else:
-            self._under_way.add(topic)
-            try:
-                outcome = (await self.deliver([envelope], deadline))[0]
-            finally:
-                self._landed(topic)
+        if not line.under_way:
+            return self._send_alone(line, envelope, deadline)
+        confirmed: asyncio.Future[None] = self._loop.create_future()
+        line.waiting.append(_Waiting(envelope, deadline, confirmed))
+        if line.under_way == 1 and not line.keyed and len(line.waiting) >= MANY:
+            line.under_way = 2
+            self._start_flush(line)
+        return confirmed
+
+    async def _send_alone(self, line: _Line, envelope: Envelope, deadline: float) -> None:
+        line.under_way = 1
+        try:
+            outcome = (await self.deliver([envelope], deadline))[0]
+        finally:
+            if line.waiting and line.may_go():  # who came meanwhile goes now, together
+                self._start_flush(line)
+            else:
+                line.under_way -= 1
         if outcome is not None:
             raise outcome
 
-    def _landed(self, topic: str) -> None:
-        """A send to this topic has ended: who came meanwhile goes now, together."""
-        if self._waiting.get(topic):
-            task = self._loop.create_task(self._flush(topic), name=f"msgbus publish {topic}")
-            self._flushes.add(task)
-            task.add_done_callback(self._flushes.discard)
-        else:
-            self._under_way.discard(topic)
+    def _start_flush(self, line: _Line) -> None:
+        task = self._loop.create_task(self._flush(line), name=f"msgbus publish {line.waiting[0].envelope.topic}")
+        self._flushes.add(task)
+        task.add_done_callback(self._flushes.discard)
 
-    async def _flush(self, topic: str) -> None:
-        waiting = self._waiting[topic]
-        while waiting:
+    async def _flush(self, line: _Line) -> None:
+        waiting = line.waiting
+        while waiting and line.may_go():
             batch, waiting[:MAX_BATCH] = waiting[:MAX_BATCH], []
             now = self._loop.time()
             sendable: list[_Waiting] = []
             for entry in batch:
-                if entry.outcome.done():  # the publisher was cancelled before anything was sent
+                if entry.confirmed.done():  # the publisher was cancelled before anything was sent
                     continue
                 if entry.deadline <= now:
-                    entry.outcome.set_result(BrokerUnavailable(f"nothing could be sent to {topic!r} for {self.publish_timeout:g} s"))
+                    entry.confirmed.set_exception(BrokerUnavailable(f"nothing could be sent to {entry.envelope.topic!r} in time"))
                 elif sendable and entry.deadline > sendable[0].deadline + self.publish_timeout * MAX_SPREAD:
                     waiting.insert(0, entry)  # those after it too, for deadlines grow: the next batch has time that suits them
                     waiting[1:1] = batch[batch.index(entry) + 1 :]
@@ -123,12 +147,12 @@ class Pipeline:
                 outcomes = await self.deliver([entry.envelope for entry in sendable], sendable[0].deadline)
             except BaseException as error:
                 for entry in [*sendable, *waiting]:
-                    if not entry.outcome.done():
-                        entry.outcome.set_exception(
+                    if not entry.confirmed.done():
+                        entry.confirmed.set_exception(
                             PublishUnknown(entry.envelope.id, "cancelled") if isinstance(error, asyncio.CancelledError) else error
                         )
                 waiting.clear()
-                self._under_way.discard(topic)
+                line.under_way -= 1
                 if isinstance(error, asyncio.CancelledError):
                     raise
                 return  # raised on the publishers
@@ -139,9 +163,13 @@ class Pipeline:
                 for index in reversed(again):
                     del sendable[index], outcomes[index]
             for entry, outcome in zip(sendable, outcomes, strict=True):
-                if not entry.outcome.done():
-                    entry.outcome.set_result(outcome)
-        self._under_way.discard(topic)
+                if entry.confirmed.done():
+                    continue
+                if outcome is None:
+                    entry.confirmed.set_result(None)
+                else:
+                    entry.confirmed.set_exception(outcome)
+        line.under_way -= 1
 
     async def deliver(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
         """One outcome an envelope. What was stored nowhere, the broker being away, is sent again until the loop's clock says `deadline`."""

@@ -17,7 +17,7 @@ from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Limits
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerError, BrokerUnavailable, PublishRejected, PublishUnknown
 from msgbus.outbound import pipeline as module
-from msgbus.outbound.pipeline import MAX_BATCH, Pipeline
+from msgbus.outbound.pipeline import MANY, MAX_BATCH, Pipeline
 from msgbus.testing.stage import eventually
 
 Answer = Callable[[Sequence[Envelope]], Awaitable[list[SendOutcome]]]
@@ -120,6 +120,11 @@ def envelope(name: str, key: str | None = None, topic: str = "orders") -> Envelo
     return Envelope(name, topic, b"{}", {}, key)
 
 
+async def publish(pipeline: Pipeline, sent: Envelope) -> None:
+    """As a bus does it."""
+    await pipeline.publish(sent)
+
+
 @asynccontextmanager
 async def several(*coroutines: Awaitable[Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
     """Tasks that have run as far as they can."""
@@ -134,7 +139,7 @@ async def test_who_publishes_alone_goes_at_once_and_who_comes_meanwhile_joins() 
     gate = asyncio.Event()
     adapter = Scripted(when(gate))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(str(number))) for number in range(6))) as tasks:
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(6))) as tasks:
         assert adapter.sends == [["0"]]
         gate.set()
     assert [task.result() for task in tasks] == [None] * 6
@@ -149,22 +154,46 @@ async def test_topics_do_not_wait_for_each_other() -> None:
     gate = asyncio.Event()
     adapter = Scripted(when(gate))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(pipeline.publish(envelope("slow"))):
+    async with several(publish(pipeline, envelope("slow"))):
         await pipeline.publish(envelope("quick", topic="other"))
         assert [sent.id for sent in adapter.stored] == ["quick"]
         gate.set()
 
 
 async def test_a_batch_has_a_limit() -> None:
-    """More than 500 waiting publishes go in several sends, in order."""
+    """More than 500 waiting publishes of a key go in several sends, in order."""
     gate = asyncio.Event()
     adapter = Scripted(when(gate))
     pipeline = Pipeline(adapter, (), 5)
     total = 2 * MAX_BATCH + 7
-    async with several(*(pipeline.publish(envelope(str(number))) for number in range(1 + total))):
+    async with several(*(publish(pipeline, envelope(str(number), "k")) for number in range(1 + total))):
         gate.set()
     assert [len(send) for send in adapter.sends] == [1, MAX_BATCH, MAX_BATCH, 7]
     assert [sent.id for sent in adapter.stored] == [str(number) for number in range(1 + total)]
+
+
+async def test_many_without_keys_go_while_one_batch_is_on_the_way() -> None:
+    """So that broker and publishers work side by side; but no third batch, and none at all once the topic has had a key."""
+    first, second = asyncio.Event(), asyncio.Event()
+    adapter = Scripted(when(first), when(second))
+    pipeline = Pipeline(adapter, (), 5)
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(1 + 3 * MANY))):
+        await eventually(lambda: len(adapter.sends) == 2)
+        assert adapter.sends == [["0"], [str(number) for number in range(1, 1 + 3 * MANY)]]
+        async with several(*(publish(pipeline, envelope(f"later-{number}")) for number in range(MANY))):
+            assert len(adapter.sends) == 2
+            async with several(publish(pipeline, envelope("keyed", "k"))):
+                first.set()
+                await asyncio.sleep(0)
+                second.set()
+    assert len(adapter.sends) == 3
+    assert adapter.sends[2] == [*(f"later-{number}" for number in range(MANY)), "keyed"]
+    gate = asyncio.Event()
+    adapter.answers = [when(gate)]
+    async with several(*(publish(pipeline, envelope(f"last-{number}")) for number in range(1 + MANY))):
+        assert adapter.sends[3:] == [["last-0"]]
+        gate.set()
+    assert adapter.most_at_once == 2
 
 
 async def test_what_was_stored_nowhere_is_sent_again_with_the_same_id() -> None:
@@ -203,7 +232,7 @@ async def test_silence_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GRACE", 0.1)
     adapter = Scripted(silent)
     pipeline = Pipeline(adapter, (), 0.1)
-    async with several(*(pipeline.publish(envelope(name)) for name in ("a", "b", "c"))) as tasks:
+    async with several(*(publish(pipeline, envelope(name)) for name in ("a", "b", "c"))) as tasks:
         pass
     errors = [task.exception() for task in tasks]
     assert isinstance(errors[0], PublishUnknown)
@@ -219,7 +248,7 @@ async def test_an_adapter_that_raises_is_taken_at_its_word(error: Exception) -> 
     gate = asyncio.Event()
     adapter = Scripted(when(gate), failing(error), confirmed)
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(name)) for name in ("a", "b", "c"))) as tasks:
+    async with several(*(publish(pipeline, envelope(name)) for name in ("a", "b", "c"))) as tasks:
         gate.set()
     raised = [task.exception() for task in tasks]
     assert raised == [None] * 3 if isinstance(error, BrokerUnavailable) else raised == [None, error, error]
@@ -230,11 +259,11 @@ async def test_a_bug_in_an_adapter_is_raised_on_its_publishers_and_the_topic_goe
     gate = asyncio.Event()
     adapter = Scripted(when(gate), failing(ZeroDivisionError()))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(name)) for name in ("a", "b", "c"))) as tasks:
+    async with several(*(publish(pipeline, envelope(name)) for name in ("a", "b", "c"))) as tasks:
         gate.set()
     assert tasks[0].exception() is None
     assert all(isinstance(task.exception(), ZeroDivisionError) for task in tasks[1:])
-    await asyncio.wait_for(pipeline.publish(envelope("next")), 1)
+    await asyncio.wait_for(publish(pipeline, envelope("next")), 1)
 
 
 async def test_who_is_cancelled_before_anything_was_sent_is_not_sent() -> None:
@@ -242,7 +271,7 @@ async def test_who_is_cancelled_before_anything_was_sent_is_not_sent() -> None:
     gate = asyncio.Event()
     adapter = Scripted(when(gate))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(str(number))) for number in range(4))) as tasks:
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(4))) as tasks:
         tasks[2].cancel()
         await asyncio.sleep(0)
         gate.set()
@@ -255,12 +284,12 @@ async def test_all_of_a_batch_cancelled_and_the_topic_goes_on() -> None:
     gate = asyncio.Event()
     adapter = Scripted(when(gate))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(str(number))) for number in range(4))) as tasks:
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(4))) as tasks:
         for task in tasks[1:]:
             task.cancel()
         await asyncio.sleep(0)
         gate.set()
-    await asyncio.wait_for(pipeline.publish(envelope("next")), 1)
+    await asyncio.wait_for(publish(pipeline, envelope("next")), 1)
     assert adapter.sends == [["0"], ["next"]]
 
 
@@ -269,7 +298,7 @@ async def test_the_one_on_the_way_is_cancelled_and_those_behind_it_go_on() -> No
     gate = asyncio.Event()
     adapter = Scripted(when(gate))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(str(number))) for number in range(3))) as tasks:
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(3))) as tasks:
         tasks[0].cancel()
     assert tasks[0].cancelled()
     assert [task.exception() for task in tasks[1:]] == [None, None]
@@ -281,7 +310,7 @@ async def test_one_of_a_batch_on_the_way_is_cancelled_and_the_others_are_confirm
     first, second = asyncio.Event(), asyncio.Event()
     adapter = Scripted(when(first), when(second))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(str(number))) for number in range(4))) as tasks:
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(4))) as tasks:
         first.set()
         await eventually(lambda: len(adapter.sends) == 2)
         tasks[2].cancel()
@@ -301,11 +330,11 @@ async def test_a_publish_that_came_later_has_its_own_time() -> None:
     adapter = Scripted(*[away_until_back] * 1000)
     pipeline = Pipeline(adapter, (), 0.6)
     loop = asyncio.get_running_loop()
-    early = [asyncio.ensure_future(pipeline.publish(envelope("first")))]
+    early = [asyncio.ensure_future(publish(pipeline, envelope("first")))]
     await asyncio.sleep(0.1)
-    early.append(asyncio.ensure_future(pipeline.publish(envelope("second"))))
+    early.append(asyncio.ensure_future(publish(pipeline, envelope("second"))))
     await asyncio.sleep(0.4)
-    late = asyncio.ensure_future(pipeline.publish(envelope("late")))
+    late = asyncio.ensure_future(publish(pipeline, envelope("late")))
     loop.call_later(0.35, back.set)
     await asyncio.wait([*early, late])
     assert all(isinstance(task.exception(), BrokerUnavailable) for task in early)
@@ -352,7 +381,7 @@ def test_a_keys_messages_never_overtake_each_other(publishes: list[tuple[str | N
         else:
             tasks: list[asyncio.Task[None]] = []
             for one, (_, pause) in zip(envelopes, publishes, strict=True):
-                tasks.append(asyncio.ensure_future(pipeline.publish(one)))
+                tasks.append(asyncio.ensure_future(publish(pipeline, one)))
                 for _ in range(pause):
                     await asyncio.sleep(0)
             await asyncio.wait(tasks)
@@ -403,7 +432,7 @@ async def test_close_waits_for_what_is_on_the_way_and_then_no_longer() -> None:
     gate, never = asyncio.Event(), asyncio.Event()
     adapter = Scripted(when(gate), when(never))
     pipeline = Pipeline(adapter, (), 5)
-    async with several(*(pipeline.publish(envelope(str(number))) for number in range(3))) as tasks:
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(3))) as tasks:
         gate.set()
         await eventually(lambda: len(adapter.sends) == 2)
         await pipeline.close(0.05)

@@ -27,9 +27,9 @@ demo: export MSGBUS_URL ?= memory://flights
 demo: $(venv)/.demo ## run the example on real flight data; MSGBUS_URL names the broker
 	$(python) -m examples.flights $(ARGS)
 
-test: $(venv)/.installed ## run the tests, then those that msgbus ships for adapters
-	$(python) -m pytest
-	$(python) -m pytest --pyargs msgbus.testing
+test: $(venv)/.installed ## run all tests, the suite on every broker among them; missing brokers are started, and installed where that may be
+	$(python) -m tests.install_brokers
+	$(python) -m tests.side_by_side
 
 differential: $(venv)/.installed ## run random programs on every broker that is there; PROGRAMS=... says how many, SEED=... which
 	MSGBUS_TEST_DIFFERENTIAL_PROGRAMS=$(PROGRAMS) MSGBUS_TEST_DIFFERENTIAL_SEED=$(SEED) $(python) -m pytest tests/differential

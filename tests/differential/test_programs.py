@@ -8,7 +8,6 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given
 from tests.differential.brokers import NAMES, broker_called
-from tests.differential.conftest import PROGRAMS
 from tests.differential.interpreter import exact_moves, run_program
 from tests.differential.model import expected
 from tests.differential.program import Program, programs
@@ -16,6 +15,7 @@ from tests.differential.trace import differences
 
 from msgbus.testing.stage import Broker
 
+PROGRAMS = "MSGBUS_TEST_DIFFERENTIAL_PROGRAMS"
 USUAL = {"memory": 100}
 """Programs a run, unless the environment says how many."""
 USUAL_ELSEWHERE = 10

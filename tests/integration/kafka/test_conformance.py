@@ -30,4 +30,4 @@ def broker(running: Server) -> Broker:
     async def restart() -> None:
         await asyncio.to_thread(running.restart)
 
-    return Broker(running.url, crash=die, shard_of=partition_of, restart=restart)
+    return Broker(running.url, crash=die, shard_of=partition_of, restart=restart, patience=2.0)

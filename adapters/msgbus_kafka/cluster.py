@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 from aiokafka import AIOKafkaClient, TopicPartition
+from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import for_code
 from aiokafka.protocol import admin
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
@@ -65,11 +66,23 @@ class Cluster:
             async with asyncio.timeout(DEADLINE):
                 await self._client.bootstrap()
         except CLIENT_ERRORS as error:
-            raise translate(error, f"connecting to {shown}") from error
+            reason = await self._refusal() or error
+            raise translate(reason, f"connecting to {shown}") from reason
         self.nodes = [broker.nodeId for broker in self._client.cluster.brokers()]
         configs = (await self._configs(_BROKER, [str(self.nodes[0])], self.nodes[0]))[str(self.nodes[0])]
         self.max_bytes = int(configs["message.max.bytes"][0])
         self.default_replication = int(configs["default.replication.factor"][0])
+
+    async def _refusal(self) -> Exception | None:
+        """Why the first of the brokers does not let us in: the client tells that to its log alone."""
+        options = {**self.options}
+        host, port, _ = collect_hosts(options.pop("bootstrap_servers"))[0]
+        try:
+            async with asyncio.timeout(DEADLINE):
+                (await create_conn(host, port, **options)).close()
+        except CLIENT_ERRORS as error:
+            return error
+        return None
 
     async def close(self) -> None:
         """Bounded in time."""

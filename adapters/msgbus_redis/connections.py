@@ -210,8 +210,8 @@ class Links:
             raise
         except (client.RedisError, OSError, TimeoutError) as error:
             self._slots.clear()
-            where = self.place if address is None else f"{address[0]}:{address[1]}"
-            raise call_error(error, f"no connection to Redis at {where}") from error
+            at = "" if address is None else f" ({address[0]}:{address[1]})"
+            raise call_error(error, f"no connection to Redis at {self.place}{at}") from error
         try:
             self._check()  # it took a while
         except BrokerUnavailable:

@@ -16,6 +16,8 @@ def call_error(error: BaseException, what: str) -> BrokerError | ConfigurationEr
         ("NOAUTH", "WRONGPASS", "NOPERM")
     ):
         return AuthenticationFailed(f"{what}: the Redis server does not let us: {words(error)}")
+    if "DB index" in words(error):
+        return ConfigurationError(f"{what}: {words(error)}")
     return BrokerUnavailable(f"{what}: {words(error)}")
 
 

@@ -1,12 +1,11 @@
 """Messages a second: msgbus against the broker's client library by hand, each with the same guarantee.
 
-A broker is measured where `MSGBUS_TEST_<NAME>_URL` says where one is. Every run is a process of its own.
+A broker is the one that `MSGBUS_TEST_<NAME>_URL` names, else one that `tests/brokers.py` starts. Every run is a process of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -14,6 +13,8 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+
+from tests.brokers import Unavailable, server
 
 from benchmarks import Options, Result
 from benchmarks.throughput.measuring import IN_FLIGHT, PATIENCE, PUBLISHERS, Run, Took
@@ -36,28 +37,23 @@ GUARANTEE = (
 
 def run(options: Options) -> list[Result]:
     """Every broker that there is, or those named. Raises `RuntimeError` when a run fails, or leaves messages behind again and again."""
-    brokers = options.brokers or [name for name in BY_HAND if url_of(name)]
-    for name in brokers:
+    for name in options.brokers:
         if name not in BY_HAND:
             raise SystemExit(f"no broker is called {name!r}; there are: {', '.join(BY_HAND)}")
-        if not url_of(name):
-            raise SystemExit(f"{variable(name)} is not set: the URL of a broker for tests")
-    if not brokers:
-        print(f"throughput: no broker: none of {', '.join(map(variable, BY_HAND))} is set")
-    return [measure(broker, what, options) for broker in brokers for what in WHAT]
+    results: list[Result] = []
+    for name in options.brokers or BY_HAND:
+        try:
+            url = server(name).url
+        except Unavailable as why:
+            if options.brokers:
+                raise SystemExit(f"{name}: {why}") from why
+            print(f"throughput: not on {name}: {why}", file=sys.stderr)
+            continue
+        results += [measure(name, url, what, options) for what in WHAT]
+    return results
 
 
-def variable(broker: str) -> str:
-    """Which variable says where it is."""
-    return f"MSGBUS_TEST_{broker.upper()}_URL"
-
-
-def url_of(broker: str) -> str:
-    """Where it is; empty: not known."""
-    return os.environ.get(variable(broker), "")
-
-
-def measure(broker: str, what: str, options: Options) -> Result:
+def measure(broker: str, url: str, what: str, options: Options) -> Result:
     """Rounds of all contenders. One in which a message was left behind, or lost, does not count, and another one is run."""
     rounds, count = options.rounds or ROUNDS, options.count or COUNT
     contenders = {"msgbus": OURS, BY_HAND[broker]: f"{broker}_by_hand"}
@@ -67,7 +63,7 @@ def measure(broker: str, what: str, options: Options) -> Result:
     while len(kept) < rounds:
         turn = (len(kept) + failed) % len(names)
         found = {
-            name: in_process(contenders[name], what, url_of(broker), count, options.work if what == "drain" else 0.0)
+            name: in_process(contenders[name], what, url, count, options.work if what == "drain" else 0.0)
             for name in names[turn:] + names[:turn]
         }
         if any(one.left for one in found.values()):

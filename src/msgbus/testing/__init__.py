@@ -26,5 +26,9 @@ SUITE_MODULES = (
 """The modules of `msgbus.testing` that hold the suite's tests, in the order they run."""
 
 pytest.register_assert_rewrite(
-    *(f"msgbus.testing.suite_{name}" for name in SUITE_MODULES), "msgbus.testing.stage", "msgbus.testing.steps", "msgbus.testing.history"
+    *(f"msgbus.testing.suite_{name}" for name in SUITE_MODULES),
+    "msgbus.testing.stage",
+    "msgbus.testing.steps",
+    "msgbus.testing.history",
+    "msgbus.testing.store_suite",
 )

@@ -21,7 +21,8 @@ MsgbusError
 │   └── PublishManyError   how far `publish_many` came
 ├── AlreadySettled         a delivery was given a second word
 ├── NotFound               no such dead letter, subscription, topic
-└── StoreError             .retryable; an idempotency store failed
+└── StoreError             .retryable; a store failed
+    ├── OutboxError        a row was not stored: no transaction, another database, a table that is missing
     └── IdempotencyConflict
 
 Reject, RetryLater, Drop, BatchFailed     a handler's own words: raised by handlers, no errors of msgbus
@@ -186,9 +187,18 @@ class NotFound(MsgbusError):
 
 
 class StoreError(MsgbusError):
-    """An idempotency store failed. `retryable`: the same call may succeed later."""
+    """A store failed. `retryable`: the same call may succeed later."""
 
     retryable: bool = True
+
+
+class OutboxError(StoreError):
+    """Nothing was stored in the outbox: no active transaction, another database than the relay's, a table that is missing.
+
+    The transaction is as it was, unless the database itself failed.
+    """
+
+    retryable = False
 
 
 class IdempotencyConflict(StoreError):

@@ -62,8 +62,8 @@ WAITS_FOR = {
     "request_reply": "request",
     "request_timeout": "request",
     "request_late_reply_dropped": "request",
-    "inbox_effect_once": "stores.sql",
-    "outbox_atomic_commit_and_rollback": "stores.sql",
+    "inbox_effect_once": "outbound.relay",
+    "outbox_atomic_commit_and_rollback": "outbound.relay",
     "scheduler_fires_once_across_instances": "schedule",
 }
 """Names that have no test yet, and the module of msgbus that they wait for."""

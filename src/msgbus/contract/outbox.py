@@ -1,0 +1,165 @@
+"""What a store gives beyond idempotency so that effects happen exactly once: transactions, an inbox, an outbox, and a relay's view of it.
+
+A row of the outbox is an envelope that a transaction has stored and a relay is to send. Rows with a key belong to a shard; a relay that
+has a shard's lease is the only one that sends its rows, in the order of their ids. All times are durations in seconds: the store adds
+its database's clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+from msgbus.contract.adapter import TopicSpec
+from msgbus.contract.envelope import Envelope
+from msgbus.contract.idempotency import Claim, IdempotencyStore
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """What is written: `envelope.delay` becomes the row's due time. `topic` says how the relay declares its topic."""
+
+    envelope: Envelope
+    topic: TopicSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row that is due. `attempts`: how often the broker has refused it."""
+
+    id: int
+    envelope: Envelope
+    topic: TopicSpec
+    attempts: int
+    expired: bool = False
+    """Its `expires_at` is over: it is not to be sent any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Rows that are this relay's to send until the lease is over, and the shards that it holds meanwhile."""
+
+    token: str
+    rows: Sequence[Row] = ()
+    shards: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a row was not sent, and after how many seconds it is due again. None: never by itself, it is parked."""
+
+    error: str
+    after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxStatus:
+    """How many rows there are. `oldest`: how long, in seconds, the longest overdue row has been waiting."""
+
+    due: int
+    delayed: int
+    parked: int
+    sent: int
+    oldest: float | None
+    parked_rows: Sequence[Mapping[str, object]] = field(default_factory=tuple[Mapping[str, object], ...])
+    """The oldest parked rows: id, message_id, topic, key, attempts, last_error."""
+
+
+class Writes(ABC):
+    """A transaction that somebody else ends."""
+
+    @abstractmethod
+    async def insert(self, rows: Sequence[NewRow]) -> None:
+        """Stores rows by one statement; an id that is there already is left as it is. Never commits or flushes. Raises `OutboxError`."""
+
+
+class SyncWrites(ABC):
+    """As `Writes`, of a synchronous session."""
+
+    @abstractmethod
+    def insert(self, rows: Sequence[NewRow]) -> None:
+        """As `Writes.insert`."""
+
+
+class Transaction(Writes):
+    """The transaction of one run of a handler. Ended without `commit`, it is rolled back."""
+
+    session: object
+    """What the handler is given."""
+
+    @abstractmethod
+    async def remember(self, group: str, key: str, fingerprint: str, ttl: float) -> Claim:
+        """The first statement: the inbox row. `New`: the effect is this transaction's. Raises `StoreError`."""
+
+    @abstractmethod
+    async def commit(self) -> None:
+        """Raises `StoreError`: whether it was committed may then be unknown; the inbox knows when the message comes again."""
+
+
+class TransactionalStore(IdempotencyStore):
+    """Inbox, outbox and idempotency in one database, safe for the use of many processes at once."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Checks that the tables are there; makes them only where it was told so.
+
+        Raises `ConfigurationError` for what is missing, `StoreError` where the database is away.
+        """
+
+    @abstractmethod
+    def refuses_handler(self, concurrency: int, *, is_async: bool) -> str | None:
+        """Why so many handlers at once cannot have a session each; None: they can. No I/O."""
+
+    @abstractmethod
+    def transaction(self, *, is_async: bool) -> AbstractAsyncContextManager[Transaction]:
+        """A transaction with a session for an async handler, or for one in a thread. Entering raises `StoreError`."""
+
+    @abstractmethod
+    def writes_to(self, session: object) -> Writes | SyncWrites:
+        """The user's own transaction. Raises `OutboxError`: not active, another database, or no session at all. No I/O."""
+
+    @abstractmethod
+    def worth_repeating(self, error: BaseException) -> bool:
+        """Whether the database only asks for the transaction to be run again: a deadlock, a serialisation failure, a lock not got."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Rows were committed: the relays of this process look at once. From any thread."""
+
+    # ------------------------------------------------------------ a relay's view
+
+    @abstractmethod
+    def listen(self, wake: Callable[[], None]) -> AbstractAsyncContextManager[None]:
+        """Calls `wake` on its event loop as soon as rows are known to be committed. Only a hint: what it misses, polling finds."""
+
+    @abstractmethod
+    async def claim(self, limit: int, lease: float) -> Claimed:
+        """Due rows for `lease` seconds, at most about `limit`; of a key none behind one that is parked or waits for another try.
+
+        Raises `StoreError`.
+        """
+
+    @abstractmethod
+    async def settle(self, claimed: Claimed, sent: Sequence[int], refused: Mapping[int, Refusal]) -> int:
+        """Marks what became of rows, by id, and gives all others and the shards back; how many were no longer this relay's.
+
+        Raises `StoreError`: nothing is marked, and the lease's end gives everything back.
+        """
+
+    @abstractmethod
+    async def clean(self, keep: float) -> int:
+        """Deletes a bounded number of rows sent more than `keep` seconds ago, and of inbox rows whose time is over; how many."""
+
+    @abstractmethod
+    async def status(self, limit: int = 10) -> OutboxStatus:
+        """Counts the rows, and shows at most `limit` parked ones."""
+
+    @abstractmethod
+    async def retry(self, ids: Sequence[int] | None = None) -> int:
+        """Makes parked rows due again, with no attempts counted: those of these ids, or all; how many."""
+
+    @abstractmethod
+    async def problems(self) -> list[str]:
+        """What the live schema lacks, a line each; empty: nothing."""

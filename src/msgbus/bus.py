@@ -16,21 +16,28 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 from typing_extensions import Unpack
 
 from msgbus.contract.idempotency import IdempotencyStore
+from msgbus.contract.outbox import TransactionalStore, Writes
 from msgbus.errors import BusNotEntered, ConfigurationError, NotFound
 from msgbus.publisher import Publisher
-from msgbus.publishing import Publishes, PublishManyOptions, PublishOptions, Receipt
+from msgbus.publishing import Publishes, PublishManyOptions, PublishOptions, Receipt, SyncPublishes
 from msgbus.retry import Retry
 from msgbus.router import Router
 from msgbus.topic import Topic
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+    from sqlalchemy.orm import Session
+
     from msgbus.consumer import Consumer
     from msgbus.contract.adapter import Adapter, AdapterSettings
     from msgbus.dead_letters import DeadLetters
     from msgbus.health import Health
     from msgbus.inbound.plan import Plan
     from msgbus.inbound.runner import Runner
+    from msgbus.inbound.subscription import Subscription
     from msgbus.middleware.base import Middleware
+    from msgbus.outbox import Scribe
     from msgbus.runtime import Runtime
     from msgbus.settings import Settings
 
@@ -74,6 +81,7 @@ class Bus(Router, Publishes):
         self._routers = tuple(routers)
         self._lifespan = lifespan
         self._made: tuple[tuple[str, AdapterSettings], Adapter] | None = None  # kept: a private memory:// outlives being left
+        self._scribe: Scribe | None = None
         self._runtime: Runtime | None = None
         self._entering = False
         self._runners: list[Runner] = []
@@ -112,6 +120,24 @@ class Bus(Router, Publishes):
     def publisher(self, topic: Topic[M], /) -> Publisher[M]:
         """One topic's sending side. Can be made before the bus is entered."""
         return Publisher(self, topic)
+
+    @overload
+    def outbox(self, session: AsyncSession | AsyncConnection, /) -> Publishes: ...
+    @overload
+    def outbox(self, session: Session | Connection, /) -> SyncPublishes: ...
+    def outbox(self, session: AsyncSession | AsyncConnection | Session | Connection, /) -> Publishes | SyncPublishes:
+        """Publishing that is part of the session's transaction: rows that a relay sends once it is committed. No bus need be entered.
+
+        Needs `Bus(store=SqlStore(...))`. Raises `OutboxError` for a session of another database than the store's.
+        """
+        from msgbus.outbox import Outbox, SyncOutbox
+
+        if not isinstance(self._store, TransactionalStore):
+            raise ConfigurationError("bus.outbox(session) writes to the store's tables: Bus(store=SqlStore(...)), of msgbus.stores.sql")
+        writes = self._store.writes_to(session)
+        if self._scribe is None:
+            self._scribe = self._make_scribe()
+        return Outbox(self._scribe, writes) if isinstance(writes, Writes) else SyncOutbox(self._scribe, writes)
 
     # ------------------------------------------------------------ consuming
 
@@ -219,7 +245,7 @@ class Bus(Router, Publishes):
 
     def use_url(self, url: str) -> None:
         """Another broker than the program names, from the next time it is entered: what `msgbus run --url` says."""
-        self._url, self._adapter = url, None
+        self._url, self._adapter, self._scribe = url, None, None
 
     def find_url(self) -> str | None:
         """The broker's URL, by argument or settings. Secret: it may hold a password. None: none is set, or `adapter=` is there instead."""
@@ -233,31 +259,52 @@ class Bus(Router, Publishes):
     def make_runtime(self) -> Runtime:
         """What entering opens, not opened yet: for tools that look and declare nothing."""
         from msgbus.runtime import Runtime
-        from msgbus.settings import load
-        from msgbus.urls import adapter_from_url
 
-        settings = load(self._settings)
-        adapter = self._adapter
-        if adapter is None:
-            url = self.find_url()
-            if url is None:
-                log.warning("no broker is set (MSGBUS_URL or Bus(url)): memory:// is used, which forgets everything with the process")
-                url = "memory://"
-            wanted = (url, settings.for_adapter())
-            if self._made is None or self._made[0] != wanted:
-                self._made = (wanted, adapter_from_url(*wanted))
-            adapter = self._made[1]
+        settings, adapter = self._parts()
         return Runtime(
             settings,
             adapter,
             service=self._service or settings.service,
-            subscriptions=[*self.subscriptions, *(found for router in self._routers for found in router.subscriptions)],
+            subscriptions=self._all_subscriptions(),
             retry=self._retry,
             store=self._store,
             middleware=self._middleware,
         )
 
     # ------------------------------------------------------------ inside
+
+    def _parts(self) -> tuple[Settings, Adapter]:
+        """The settings, read now, and the adapter, not opened."""
+        from msgbus.settings import load
+        from msgbus.urls import adapter_from_url
+
+        settings = load(self._settings)
+        if self._adapter is not None:
+            return settings, self._adapter
+        url = self.find_url()
+        if url is None:
+            log.warning("no broker is set (MSGBUS_URL or Bus(url)): memory:// is used, which forgets everything with the process")
+            url = "memory://"
+        wanted = (url, settings.for_adapter())
+        if self._made is None or self._made[0] != wanted:
+            self._made = (wanted, adapter_from_url(*wanted))
+        return settings, self._made[1]
+
+    def _all_subscriptions(self) -> list[Subscription]:
+        return [*self.subscriptions, *(found for router in self._routers for found in router.subscriptions)]
+
+    def _make_scribe(self) -> Scribe:
+        from msgbus.inbound.plan import known_topics
+        from msgbus.outbox import Scribe
+
+        settings, adapter = self._parts()
+        return Scribe(
+            adapter,
+            namespace=settings.namespace,
+            service=self._service or settings.service,
+            topics=known_topics(self._all_subscriptions()),
+            middleware=self._middleware,
+        )
 
     def _not_entered(self) -> BusNotEntered:
         return BusNotEntered("the bus is not entered: use it inside `async with bus:`, `async with bus.running():` or `bus.run()`")

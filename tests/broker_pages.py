@@ -5,7 +5,6 @@ What an adapter says of itself decides which rows are refused and which options 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -218,7 +217,8 @@ def with_tables(broker: str, page: str) -> str:
         begin, end = f"<!-- {name}: made by tests/broker_pages.py -->", f"<!-- {name}: end -->"
         if page.count(begin) != 1 or page.count(end) != 1:
             raise ValueError(f"docs/brokers/{broker}.md has no place for its {name}")
-        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, text=f"{begin}\n{table}\n{end}": text, page, flags=re.DOTALL)
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
     return page
 
 

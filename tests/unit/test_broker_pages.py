@@ -7,7 +7,7 @@ from tests.broker_pages import FEATURES, HOW, MEANS, PAGES, URLS, adapter_of, ha
 
 from msgbus.contract.adapter import Adapter, Capability
 
-INSTALLED = {broker: adapter for broker in URLS if (adapter := adapter_of(broker)) is not None}
+INSTALLED = {name: there for name in URLS if (there := adapter_of(name)) is not None}
 
 
 @pytest.fixture(params=INSTALLED)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -206,8 +208,10 @@ class Machine(Protocol):
 
 class _Container:
     def __init__(self, recipe: Recipe, image: str, port: int) -> None:
+        from testcontainers.core.config import testcontainers_config
         from testcontainers.core.container import DockerContainer
 
+        testcontainers_config.ryuk_disabled = True  # its own keeper, in one more container: ours is enough
         self.what = f"container {image}"
         container = DockerContainer(image, env=_filled(recipe.variables, port))
         for index, inside in enumerate(recipe.ports):
@@ -215,7 +219,11 @@ class _Container:
             container.ports[f"{inside}/tcp"] = ("127.0.0.1", port + index)  # type: ignore[assignment]
         if recipe.command is not None:
             container.with_command(recipe.command)
-        container.start()
+        try:
+            container.start()
+        except BaseException:
+            container.stop()
+            raise
         _keeper().keep("container", container.get_container_id())
         self._container = container.get_wrapped_container()
         self._client = container  # alive as long as this is: its connections serve the container
@@ -428,15 +436,19 @@ def _started(name: str) -> Server:
 @cache
 def no_engine() -> str:
     """Why there is no container to be had; empty where a Docker engine answers."""
-    try:
-        from testcontainers.core.docker_client import DockerClient
+    from testcontainers.core.docker_client import DockerClient
 
-        client = DockerClient().client
-        client.ping()
-        client.close()
-    except Exception as why:  # what is not installed, not running, not allowed: each has an exception of its own
-        return f"no Docker engine answers: {why}"
-    return ""
+    found = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Docker's client leaves a socket that reached nobody to the garbage collector
+        try:
+            client = DockerClient().client
+            client.ping()
+            client.close()
+        except Exception as why:  # what is not installed, not running, not allowed: each has an exception of its own
+            found = f"no Docker engine answers: {why}"
+        gc.collect()
+    return found
 
 
 def lacks(name: str) -> str:

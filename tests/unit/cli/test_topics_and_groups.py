@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 
 import pytest
-from tests.unit.cli.conftest import Invoke
+from tests.unit.cli.conftest import Invoke, Write
 
 from msgbus import Bus, Topic
+from msgbus.contract.adapter import ReceiverSpec, TopicSpec
 from msgbus_memory import MemoryAdapter
 
 orders: Topic[dict[str, object]] = Topic("orders", dict[str, object], key="order_id")
@@ -109,3 +111,61 @@ def test_topics_export_says_when_there_is_nothing_to_create(shop: None, invoke: 
     assert f"nothing to create: {url}" in said.err
     assert json.loads(invoke("topics", "export", "shop", "--url", url, "--json").out) == {"broker": url, "text": ""}
     assert asyncio.run(groups_at(url)) == []
+
+
+class Shelf(MemoryAdapter):
+    """An adapter that has something to create: it says what it was asked for."""
+
+    async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        return "\n".join([*(f"{spec.name} {spec.kind}" for spec in topics), *(f"{spec.topic} {spec.group}" for spec in receivers)])
+
+
+def test_topics_export_is_of_all_that_the_program_needs(invoke: Invoke, write: Write) -> None:
+    """Topics with the namespace, those of `publish_to` too, each group and its dead letters, no broadcasts. A plain name is somebody
+    else's topic: it is exported, and stderr says so. --offline connects to nobody."""
+    write(
+        "program",
+        """
+        from msgbus import Bus, Topic
+        from tests.unit.cli.test_topics_and_groups import Shelf
+
+        orders = Topic("orders", dict, key="id")
+        bills = Topic("bills", dict)
+        bus = Bus(adapter=Shelf(), service="billing")
+
+        @bus.subscribe(orders, publish_to=bills)
+        async def invoice(order: dict) -> dict: ...
+
+        @bus.subscribe("news", name="reader")
+        async def read(news: dict) -> None: ...
+
+        @bus.subscribe(orders, broadcast=True)
+        async def watch(order: dict) -> None: ...
+        """,
+    )
+    expected = ["bills work", "news work", "orders work", "orders.billing.dead dead", "news.billing-reader.dead dead"]
+    for options in ([], ["--offline"]):
+        said = invoke("topics", "export", "program", *options)
+        assert said.code == 0, said.err
+        assert said.out.splitlines() == [*expected, "orders billing", "news billing-reader"]
+        assert "no Topic for 'news'" in said.err
+    assert json.loads(invoke("topics", "export", "program", "--json").out)["text"] == said.out.rstrip("\n")
+
+
+def test_an_adapter_that_cannot_export_is_said_to_be_one(invoke: Invoke, write: Write) -> None:
+    """Exit 1, with what to do instead."""
+    write(
+        "program",
+        """
+        from msgbus import Bus
+        from msgbus_memory import MemoryAdapter
+
+        class Plain(MemoryAdapter):
+            export = None
+
+        bus = Bus(adapter=Plain(), service="billing")
+        """,
+    )
+    said = invoke("topics", "export", "program")
+    assert (said.code, said.out) == (1, "")
+    assert "instead: topology=create" in said.err

@@ -14,12 +14,21 @@ from uuid import uuid4
 
 import pytest
 from pydantic import BaseModel
+from tenacity import wait_fixed
 from tests.brokers import RECIPES, Server
 from tests.integration.strangers import STRANGERS, Stranger
 
 from msgbus import Bus, Retry, Topic
-from msgbus.contract.envelope import HEADROOM
-from msgbus.errors import AuthenticationFailed, BrokerUnavailable, ConfigurationError, MessageTooLarge, MsgbusError, TopologyMismatch
+from msgbus.contract.envelope import HEADROOM, MAX_GROUP, MAX_ID, MAX_TOPIC
+from msgbus.errors import (
+    AuthenticationFailed,
+    BrokerUnavailable,
+    ConfigurationError,
+    InvalidName,
+    MessageTooLarge,
+    MsgbusError,
+    TopologyMismatch,
+)
 from msgbus.settings import Settings
 from msgbus.testing.stage import Seen
 from msgbus.testing.suite_operating import counted
@@ -195,6 +204,49 @@ async def test_other_programs_messages(settings: Settings, stranger: Stranger) -
         assert sorted(letter.body for letter in found) == sorted(garbage)
         assert {letter.reason for letter in found} == {"invalid"}
     assert sorted(seen.items) == [1, 2, 3]
+
+
+async def test_the_longest_names_work(settings: Settings, name: str) -> None:
+    """What is accepted as a name is one on every broker, with all that is made of it: shards, retries, delays, dead letters."""
+    topic = Topic("t" * (MAX_TOPIC - len(settings.namespace)), Order, key=lambda order: "k" * MAX_ID)
+    group = "g" * MAX_GROUP
+    seen: Seen[int] = Seen()
+    bus = Bus(settings=settings, retry=Retry(attempts=2, wait=wait_fixed(0.3)))
+
+    @bus.subscribe(topic, group=group, on_failure="skip")
+    async def handle(order: Order) -> None:
+        await seen.add(order.n)
+        if order.n == 1:
+            raise ValueError("again")
+
+    async with bus.running():
+        await bus.publish(topic, Order(n=1), id="i" * MAX_ID)
+        await bus.publish(topic, Order(n=2), delay=timedelta(seconds=0.3))
+        await seen.wait_until(lambda items: sorted(items) == [1, 1, 2], 20)
+        letters = bus.dead_letters(topic, group=group)
+        await counted(letters.count, 1)
+        (letter,) = [letter async for letter in letters.list()]
+        assert letter.id == "i" * MAX_ID
+    with pytest.raises(InvalidName, match="namespace"):
+        await entered_with(settings, Topic(topic.name + "t", Order))
+
+
+async def entered_with(settings: Settings, topic: Topic[Order]) -> None:
+    async with service(settings, topic, Seen()).running():
+        pass
+
+
+@pytest.mark.usefixtures("neighbour")
+async def test_two_names_that_the_broker_takes_for_one(settings: Settings, name: str) -> None:
+    """Kafka holds `a.b` or `a_b`, not both: the second is refused by name, at once. Elsewhere they are two topics."""
+    await entered_with(settings, Topic("a.b", Order))
+    if name != "kafka":
+        await entered_with(settings, Topic("a_b", Order))
+        return
+    begun = time.monotonic()
+    with pytest.raises(ConfigurationError, match="a_b"):
+        await entered_with(settings, Topic("a_b", Order))
+    assert time.monotonic() - begun < PATIENCE.total_seconds()
 
 
 # ---------------------------------------------------------------- too large

@@ -73,6 +73,7 @@ class KafkaReceiver(Receiver):
         self._window = 1 if spec.quarantine else max(spec.window, 1)
         self._ack_window = max(settings.ack_window, self._window)
         self._partitions: dict[TopicPartition, Partition] = {}
+        self._had_a_turn: set[TopicPartition] = set()  # since all had one
         self._interrupted = False  # by tenures that changed: the core looks at them when `receive` returns
         self._crowded = False  # there is no room in the window
         self._suspended = False  # nothing is handed out, for partitions come and go
@@ -183,10 +184,27 @@ class KafkaReceiver(Receiver):
                     places.append(place)
         try:
             if wanted > 0 and places:
-                for place, records in (await self._consumer.getmany(*places, timeout_ms=0, max_records=wanted)).items():
-                    self._keep(self._partitions[place], records, now)
+                await self._read_in_turn(places, wanted, now)
         except CLIENT_ERRORS as error:
             self._fail(translate(error, f"receiving from {self._spec.topic!r}"))
+
+    async def _read_in_turn(self, places: Sequence[TopicPartition], wanted: int, now: float) -> None:
+        """A share of each partition, then of the next: aiokafka by itself empties one, thousands of records, before it looks at another,
+        and only that one's keys would be at work."""
+        share = max(1, wanted // len(places))
+        while wanted > 0:
+            asked = [place for place in places if place not in self._had_a_turn]
+            found = await self._consumer.getmany(*asked, timeout_ms=0, max_records=min(share, wanted)) if asked else {}
+            for place, records in found.items():
+                self._keep(self._partitions[place], records, now)
+                self._had_a_turn.add(place)
+                wanted -= len(records)
+            if not found:
+                if not self._had_a_turn:
+                    return
+                if len(self._had_a_turn) == 1:  # nobody else has any
+                    share = wanted
+                self._had_a_turn.clear()
 
     def _keep(self, partition: Partition, records: Sequence[Record], now: float) -> None:
         tenure, suspects, unsettled, ready = partition.tenure, partition.suspects, partition.unsettled, partition.ready

@@ -86,6 +86,7 @@ class Crew:
         self._directory = directory
         self._url = url or stage.broker.url
         self._numbers = itertools.count()
+        self._rounds = itertools.count()
         self._read: Counter[Path] = Counter()
         self._publisher: Bus | None = None
 
@@ -187,6 +188,16 @@ class Crew:
     def _note(self, work: Work, how: How) -> None:
         key = (work.key, work.n) if self.terms.keyed else (None, None)
         self.history.note(Event(time.monotonic(), "publisher", "publish", how, work.id, *key))
+
+    async def share(self, seconds: float = 30.0) -> None:
+        """Messages are published until every process at work has had some of one round: they share the topic."""
+        async with asyncio.timeout(seconds):
+            for number in self._rounds:
+                await self.publish_all([Work(key=f"warm{key}", n=number, seconds=0.02) for key in range(32)])
+                await self.all_done(seconds)
+                had = {event.pid for event in self.events("start") if event.id.startswith("warm") and event.id.endswith(f"-{number}")}
+                if had == {hired.pid for hired in self.at_work}:
+                    return
 
     # ------------------------------------------------------------ what was seen
 

@@ -39,6 +39,7 @@ class Carrier:
         self._settler = settler
         self._step_timeout = step_timeout
         self._blocks = plan.ordered and plan.on_failure == "block"
+        self._can_copy = plan.group is not None and Capability.DELAY in adapter.capabilities
         self._pause = FIRST_PAUSE
         self._loop = asyncio.get_running_loop()
 
@@ -101,7 +102,7 @@ class Carrier:
 
     def _takes_the_long_way(self, job: Job, delay: float) -> bool:
         """By the broker's delay, which frees its place in the window and its lane; short waits, and a broadcast's, stay here."""
-        if self._plan.group is None or Capability.DELAY not in self._adapter.capabilities:
+        if not self._can_copy:
             return False
         if self._hand.lanes is not None and job.envelope.key is not None:  # order was given up for it: its key goes on
             return True
@@ -154,10 +155,10 @@ class Carrier:
     # ------------------------------------------------------------ back
 
     async def release(self, job: Job) -> None:
-        """Back to the group, as if it had not been handed out. For a worker: another one goes on meanwhile."""
+        """Back to the group, as if it had not been handed out, but for its attempts. For a worker: another one goes on meanwhile."""
         self._hand.pauses()
         try:
-            await self.put_back(job)
+            await self._return([job])
         finally:
             self._hand.resumes()
 
@@ -200,7 +201,7 @@ class Carrier:
         hand = self._hand
         for job in jobs:
             hand.cancel_wait(job)
-            if job.outcome is None and job.tries and self._takes_the_long_way(job, 0.0):  # a copy keeps the count of its attempts
+            if job.tries and job.outcome is None and not job.lost and hand.lanes is None and self._can_copy:  # a copy keeps the count
                 copying = self._settler.retry(job.source.receiver, job.received, runs=job.attempt - 1, delay=0.0, failed_at=job.failed_at)
                 with hand.leaves(job):
                     problem = await copying

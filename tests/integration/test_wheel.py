@@ -52,8 +52,14 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (points,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/entry_points.txt"))
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"msgbus", "msgbus_kafka", "msgbus_memory", "msgbus_redis"}
-    assert {"msgbus/py.typed", "msgbus_kafka/py.typed", "msgbus_memory/py.typed", "msgbus_redis/py.typed"} <= set(names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {
+        "msgbus",
+        "msgbus_kafka",
+        "msgbus_memory",
+        "msgbus_rabbitmq",
+        "msgbus_redis",
+    }
+    assert {f"msgbus{one}/py.typed" for one in ("", "_kafka", "_memory", "_rabbitmq", "_redis")} <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith(".pyc")]
     assert "[msgbus.adapters]" in points
@@ -68,7 +74,7 @@ def test_without_extras(wheel: Path, tmp_path: Path) -> None:
     python = installed(tmp_path, wheel)
     listed = run(python, "-I", "-c", _DISTRIBUTIONS, where=tmp_path).stdout.split()
     assert {"msgbus", "pydantic", "pydantic-settings", "tenacity"} <= set(listed)
-    extras = {"typer", "rich", "pytest", "pytest-asyncio", "sqlalchemy", "aio-pika", "aiokafka", "redis", "opentelemetry-api"}
+    extras = {"typer", "rich", "pytest", "pytest-asyncio", "sqlalchemy", "aiormq", "aiokafka", "redis", "opentelemetry-api"}
     assert extras & set(listed) == set()
 
     block = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)

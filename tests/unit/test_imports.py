@@ -22,6 +22,7 @@ HEAVY = [
     "msgbus.settings",
     "msgbus.testing",
     "msgbus_memory",
+    "msgbus_rabbitmq",
     "opentelemetry",
     "prometheus_client",
     "pydantic_settings",

@@ -209,10 +209,10 @@ def test_check_says_nothing_is_missing_where_the_program_has_run(shop: None, inv
 
 def test_a_missing_adapter_is_one_line_that_says_so(shop: None, invoke: Invoke) -> None:
     """Exit 1, no traceback, and no password in it."""
-    said = invoke("explain", "shop", "--url", "amqp://guest:s3cret@broker.example:5672/shop")
+    said = invoke("explain", "shop", "--url", "pulsar://guest:s3cret@broker.example:5672/shop")
     assert (said.code, said.out) == (1, "")
     assert said.err.startswith("error: ")
-    assert "no adapter for amqp://" in said.err
+    assert "no adapter for pulsar://" in said.err
     assert "s3cret" not in said.err
 
 

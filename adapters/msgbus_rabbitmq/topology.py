@@ -1,0 +1,279 @@
+"""What stands at the broker: declaring topics and groups, reading how they stand, giving a first group what came before it, dropping.
+
+AMQP lists nothing. So a topic's layout is the alternate exchange of an exchange that serves nothing else (a declaration that differs is
+refused with the value that is there), and the names of its groups are messages in a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager
+
+from aiormq import Channel
+from aiormq import spec as amqp
+from aiormq.abc import DeliveredMessage
+from pamqp.common import FieldTable
+
+from msgbus.contract.adapter import AdapterSettings, TopicSpec
+from msgbus.contract.address import DEAD_GROUP
+from msgbus.errors import BrokerUnavailable, ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
+from msgbus_rabbitmq import names
+from msgbus_rabbitmq.errors import CALL, calling, is_locked, is_missing
+from msgbus_rabbitmq.link import Asking, Link
+from msgbus_rabbitmq.names import Layout
+from msgbus_rabbitmq.wire import MOVED
+
+BATCH = 100
+_CURRENT = re.compile(r"current is (?:the value )?'([^']*)'")
+_PATIENCE = 0.05
+"""Seconds after which an empty queue is looked at again: what was routed to it before may still be on its way."""
+
+
+class Topology:
+    """Of one open adapter."""
+
+    def __init__(self, ask: Asking, link: Link, settings: AdapterSettings) -> None:
+        self._ask = ask
+        self._link = link
+        self._settings = settings
+        self._turn = asyncio.Lock()
+        self._delays_there = False
+
+    # ------------------------------------------------------------ topics
+
+    async def layout(self, topic: str) -> Layout | None:
+        """How a topic stands; None where it does not."""
+        name, where = names.meta(topic), f"topic {topic!r}"
+        try:
+            async with self._ask(where) as channel:
+                await channel.exchange_declare(name, passive=True)
+                await _exchange(channel, name, "direct", "?")
+        except TopologyMismatch as error:
+            found = _CURRENT.search(error.actual)
+            layout = Layout.parse(topic, found[1]) if found is not None else None
+            if layout is not None:
+                return layout
+            raise TopologyMismatch(f"{where}: exchange {name!r}", "the layout of a topic", error.actual) from error
+        except BrokerUnavailable as error:
+            if is_missing(error):
+                return None
+            raise
+        raise TopologyMismatch(f"{where}: exchange {name!r}", "the layout of a topic", "'?'")
+
+    async def declare_topic(self, spec: TopicSpec, create: bool) -> Layout:
+        """Raises `TopologyMismatch` where it stands otherwise, or where it is missing and must not be made."""
+        where = f"topic {spec.name!r}"
+        if spec.retain is not None:
+            raise UnsupportedFeature(f"retain= of {where}", "RabbitMQ", "Kafka or Redis, which keep a topic's history")
+        for option in spec.native:
+            raise ConfigurationError(f"{where}: native option {option!r}: the RabbitMQ adapter knows none")
+        layout = await self.layout(spec.name)
+        if create:
+            layout = await self._make(layout or Layout.of(spec, max(self._settings.shards, 1)), fresh=layout is None)
+        elif layout is None:
+            raise TopologyMismatch(where, "a topic", "none")
+        wanted = Layout.of(spec, layout.shards or 1)
+        if (wanted.dead, wanted.priorities) != (layout.dead, layout.priorities) or (wanted.shards and not layout.shards):
+            raise TopologyMismatch(where, f"kind {wanted.kind!r}", f"kind {layout.kind!r}")
+        if spec.shards is not None and spec.shards != max(layout.shards, 1):
+            raise TopologyMismatch(where, f"{spec.shards} shards", f"{max(layout.shards, 1)}")
+        return layout
+
+    async def _make(self, layout: Layout, fresh: bool) -> Layout:
+        """All that a topic needs; its layout last, for that says that all is there."""
+        topic, kept = layout.topic, names.unclaimed(layout.topic)
+        async with self._ask(f"topic {topic!r}") as channel:
+            # What is due for a queue that is gone is kept aside: it would stop its level of the delays for everybody.
+            await _exchange(channel, names.LOST, "fanout")
+            await _queue(channel, names.LOST, names.QUORUM)
+            await channel.queue_bind(names.LOST, names.LOST)
+            await _exchange(channel, names.DUE, "topic", names.LOST)
+            if not layout.dead:
+                await _exchange(channel, kept, "fanout")
+                await _queue(channel, names.registry(topic), names.QUORUM)
+                if fresh:
+                    ttl = names.milliseconds(self._settings.first_group_retention)
+                    await _queue(channel, kept, {**names.QUORUM, "x-message-ttl": ttl})
+                    await channel.queue_bind(kept, kept)
+            await _exchange(channel, topic, "topic", None if layout.dead else kept)
+            await channel.exchange_bind(topic, names.DUE, f"#.{names.to_topic(topic)}")
+        if fresh:
+            try:
+                async with self._ask(f"topic {topic!r}") as channel:
+                    await _exchange(channel, names.meta(topic), "direct", layout.text)
+            except TopologyMismatch:  # another process was faster, and made it otherwise
+                return await self.layout(topic) or layout
+        return layout
+
+    # ------------------------------------------------------------ groups
+
+    async def count(self, queue: str) -> int | None:
+        """How many messages are ready; None where there is no such queue."""
+        try:
+            async with self._ask(f"queue {queue!r}") as channel:
+                return (await channel.queue_declare(queue, passive=True)).message_count or 0
+        except BrokerUnavailable as error:
+            if is_missing(error):
+                return None
+            raise
+
+    async def has_group(self, layout: Layout, group: str) -> bool:
+        """Whether it is wholly there: its queues are made in order, and deleted in the other one."""
+        return await self.count(layout.queues(group)[-1]) is not None
+
+    async def declare_group(self, layout: Layout, group: str, start: str, create: bool) -> None:
+        """Afterwards it misses nothing. The first group of a topic is given what was kept for it, unless it starts at the latest."""
+        topic, where, kept = layout.topic, f"group {group!r} of topic {layout.topic!r}", names.unclaimed(layout.topic)
+        if not create:
+            for queue in layout.queues(group):
+                if await self.count(queue) is None:
+                    raise TopologyMismatch(f"{where}: queue {queue!r}", "a queue", "none")
+            return
+        known = layout.dead or await self.has_group(layout, group)
+        async with self._ask(where) as channel:
+            if not known:
+                await _store(channel, names.registry(topic), group.encode(), amqp.Basic.Properties())
+            for part, queue in zip(layout.parts, layout.queues(group), strict=True):
+                await _queue(channel, queue, layout.arguments(self._settings.dead_letter_retention))
+                await channel.queue_bind(queue, topic, layout.pattern(part))
+                await channel.queue_bind(queue, names.DUE, f"#.{names.to_queue(queue)}")
+        if not layout.dead and await self.count(kept) is not None:
+            async with self._locked(topic):
+                if start == "earliest":
+                    await self._move(layout, group, kept)
+                async with self._ask(f"queue {kept!r}") as channel:
+                    await channel.queue_delete(kept)
+
+    async def keep_for_the_first(self, topic: str) -> None:
+        """A private receiver takes messages and is no group: what nobody has claimed is kept beside it."""
+        if await self.count(names.unclaimed(topic)) is not None:
+            async with self._ask(f"topic {topic!r}") as channel:
+                await channel.queue_bind(names.unclaimed(topic), topic, "#")
+
+    async def _move(self, layout: Layout, group: str, kept: str) -> None:
+        """From what was kept to the group's queues, confirmed there before it is acked here."""
+        queues = {part: layout.queue(group, part) for part in layout.parts}
+        quiet = 0
+        while quiet < 2 and await self.count(kept) is not None:
+            async with self._ask(f"queue {kept!r}") as channel:
+                batch = await _get(channel, kept, BATCH)
+                stores: list[Coroutine[object, object, None]] = []
+                for message in batch:
+                    properties = message.header.properties
+                    properties.headers = {**(properties.headers or {}), MOVED: "1"}
+                    queue = queues.get((message.routing_key or "").rpartition(".")[2], queues[layout.parts[0]])
+                    stores.append(_store(channel, queue, message.body, properties))
+                await asyncio.gather(*stores)
+                if batch:
+                    await channel.basic_ack(batch[-1].delivery_tag or 0, multiple=True)
+            quiet = 0 if batch else quiet + 1
+            if quiet:
+                await asyncio.sleep(_PATIENCE)
+
+    @asynccontextmanager
+    async def _locked(self, topic: str) -> AsyncGenerator[None, None]:
+        """One at a time: a process has an exclusive queue meanwhile, which says nothing within the process."""
+        where, name = f"lock of topic {topic!r}", names.lock(topic)
+        async with self._turn:
+            for tries in range(round(CALL / _PATIENCE), -1, -1):
+                try:
+                    async with self._ask(where) as channel:
+                        await channel.queue_declare(name, exclusive=True)
+                    break
+                except BrokerUnavailable as error:
+                    if not is_locked(error) or not tries:
+                        raise
+                    await asyncio.sleep(_PATIENCE)
+            try:
+                yield
+            finally:
+                async with self._ask(where) as channel:
+                    await channel.queue_delete(name)
+
+    async def groups(self, topic: str) -> list[str]:
+        """Sorted; none where there is no such topic."""
+        layout = await self.layout(topic)
+        if layout is None or layout.dead:
+            return [] if layout is None else [DEAD_GROUP]
+        async with self._locked(topic):
+            found = {message.body.decode() async for message in self.waiting(names.registry(topic))}
+        return sorted([group for group in found if await self.has_group(layout, group)])
+
+    async def drop_group(self, topic: str, group: str) -> bool:
+        """False: it was not."""
+        layout = await self.layout(topic)
+        if layout is None or not await self.has_group(layout, group):
+            return False
+        async with self._ask(f"group {group!r} of topic {topic!r}") as channel:
+            for queue in reversed(layout.queues(group)):
+                await channel.queue_delete(queue)
+        return True
+
+    # ------------------------------------------------------------ what waits
+
+    async def there(self, topic: str, group: str) -> Layout:
+        """The layout of a topic that has this group, or `NotFound`."""
+        layout = await self.layout(topic)
+        if layout is None or not await self.has_group(layout, group):
+            raise NotFound(f"RabbitMQ has no group {group!r} of topic {topic!r}")
+        return layout
+
+    async def purge(self, topic: str, group: str) -> int:
+        """What is ready."""
+        layout = await self.there(topic, group)
+        async with self._ask(f"purging {group!r} of topic {topic!r}") as channel:
+            return sum([(await channel.queue_purge(queue)).message_count or 0 for queue in layout.queues(group)])
+
+    async def waiting(self, queue: str) -> AsyncGenerator[DeliveredMessage, None]:
+        """What is ready in a queue, oldest first. Held while one looks, then given back uncounted, before the channel's end."""
+        channel = await self._link.channel()
+        try:
+            while True:
+                async with calling(f"peeking at {queue!r}"):
+                    batch = await _get(channel, queue, BATCH)
+                for message in batch:
+                    yield message
+                if not batch:
+                    break
+        finally:
+            async with calling(f"peeking at {queue!r}"):
+                if not channel.is_closed:
+                    await channel.basic_nack(0, multiple=True)
+                    await channel.close()
+
+    async def make_delays(self) -> None:
+        """The levels, from the lowest up, so that the last says that all are there: 28 exchanges and queues, once a virtual host."""
+        if self._delays_there:
+            return
+        if await self.count(names.level(names.LEVELS - 1)) is None:
+            for number in range(names.LEVELS):
+                name, before = names.level(number), "*." * (names.LEVELS - 1 - number)
+                async with self._ask(f"delays: {name!r}") as channel:
+                    await _exchange(channel, name, "topic")
+                    await channel.exchange_bind(names.level(number - 1), name, f"{before}0.#")
+                    await _queue(channel, name, names.level_arguments(number))
+                    await channel.queue_bind(name, name, f"{before}1.#")
+        self._delays_there = True
+
+
+async def _exchange(channel: Channel, name: str, kind: str, alternate: str | None = None) -> None:
+    arguments: FieldTable = {} if alternate is None else {"alternate-exchange": alternate}
+    await channel.exchange_declare(name, exchange_type=kind, durable=True, arguments=arguments)
+
+
+async def _queue(channel: Channel, name: str, arguments: FieldTable) -> None:
+    await channel.queue_declare(name, durable=True, arguments=arguments)
+
+
+async def _store(channel: Channel, queue: str, body: bytes, properties: amqp.Basic.Properties) -> None:
+    properties.message_id, properties.delivery_mode = None, 2  # the client makes an id (R6)
+    await channel.basic_publish(body, routing_key=queue, properties=properties, mandatory=True)
+
+
+async def _get(channel: Channel, queue: str, most: int) -> list[DeliveredMessage]:
+    batch: list[DeliveredMessage] = []
+    while len(batch) < most and isinstance((message := await channel.basic_get(queue)).delivery, amqp.Basic.GetOk):
+        batch.append(message)
+    return batch

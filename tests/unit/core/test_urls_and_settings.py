@@ -241,6 +241,10 @@ def test_a_url_is_shown_without_password_and_query(url: str, shown: str) -> None
     assert hide_secrets(url) == shown
 
 
+for _scheme in ("amqp", "kafka"):
+    adapter_from_url(f"{_scheme}://host", PLAIN)  # their libraries are loaded here, and not by an example that has a deadline
+
+
 @given(
     st.sampled_from(["memory", "memry", "amqp", "kafka", ""]),
     st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8).map(lambda text: f"XX{text}XX"),

@@ -51,7 +51,7 @@ docs: $(venv)/.installed ## run the code of README.md and docs/
 	$(python) -m pytest $(docs_test)
 
 clean: ## remove what the other targets made, .venv too
-	rm -rf $(venv) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(venv) .brokers build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The back end is installed first and then used as it is, so that its version too is the one in constraints.txt.

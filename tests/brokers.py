@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import glob
 import os
 import random
 import shutil
@@ -35,8 +36,10 @@ FOUND_BY = 180.0
 """Seconds until a broker that was started must answer: Kafka recovers every partition that it ever had."""
 JARS = Path(__file__).parent.parent / ".brokers" / "kafka"
 """Where the process of Kafka has its jars."""
-PATH = f"/usr/lib/rabbitmq/bin:{os.environ.get('PATH', os.defpath)}"
-"""Where programs are looked for: Debian's own `rabbitmq-server` on the usual path is for root alone, and has one node."""
+PATH = ":".join(
+    ["/usr/lib/rabbitmq/bin", *sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True), os.environ.get("PATH", os.defpath)]
+)
+"""Where programs are looked for, Debian's places among them. Its `rabbitmq-server` on the usual path is for root alone, and one node."""
 
 
 class Unavailable(Exception):
@@ -153,10 +156,43 @@ RECIPES = {
             "server.properties": "".join(f"{name.lower().replace('_', '.')}={value}\n" for name, value in (_KAFKA | _KAFKA_HERE).items())
         },
     ),
+    "postgres": Recipe(
+        url="postgresql://postgres:postgres@127.0.0.1:{port}/postgres",
+        hello=b"\x00\x00\x00\x17\x00\x03\x00\x00user\x00postgres\x00\x00",
+        welcome=b"SCRAM-SHA-256",
+        ports=(5432,),
+        image="postgres:18",
+        variables={"POSTGRES_PASSWORD": "postgres"},
+        program="postgres",
+        # It refuses to be root.
+        process="as=; if [ $(id -u) = 0 ]; then chown -R postgres . && as='setpriv --reuid=postgres --regid=postgres --clear-groups'; fi;"
+        " [ -d data ] || $as initdb -D data -U postgres --pwfile=password -A scram-sha-256 -E UTF8 --locale=C.UTF-8 &&"
+        " exec $as postgres -D data -p {port} -h 127.0.0.1 -k {folder}",
+        files={"password": "postgres"},
+    ),
+    "mysql": Recipe(
+        url="mysql://test:test@127.0.0.1:{port}/test",
+        hello=b"",  # the server speaks first: protocol 10
+        welcome=b"\x00\x00\x00\x0a",
+        ports=(3306,),
+        image="mysql:8.4",
+        variables={f"MYSQL_{name}": "test" for name in ("USER", "PASSWORD", "DATABASE", "ROOT_PASSWORD")},
+        program="mariadbd",
+        process="[ -d data ] || mariadb-install-db --no-defaults --datadir={folder}/data --user=$(id -un) &&"
+        " exec mariadbd --no-defaults --datadir={folder}/data --user=$(id -un) --port={port} --bind-address=127.0.0.1"
+        " --socket={folder}/socket --init-file={folder}/init.sql",
+        files={
+            "init.sql": "create database if not exists test;\n"
+            + "".join(  # nobody without a name is to come before them
+                f"create user if not exists 'test'@'{host}' identified by 'test';\ngrant all on *.* to 'test'@'{host}';\n"
+                for host in ("%", "localhost")
+            )
+        },
+    ),
     "redis-packaged": _redis("redis-server", None),
     "rabbitmq-packaged": _rabbitmq(None),
 }
-"""`…-packaged`: what the distribution packages, which is older. Debian 12 has Redis 7.0 and RabbitMQ 3.10."""
+"""Brokers, and the databases of stores. `…-packaged`: what the distribution packages, which is older (Redis 7.0, RabbitMQ 3.10)."""
 
 
 def variable(name: str, what: str) -> str:

@@ -20,7 +20,14 @@ SUITE_ON_MEMORY = "test_memory.py"
 """Of `msgbus.testing`: it has no mark, being also the example of a third party's test file."""
 HOUSES = ("here", "redis", "rabbitmq", "kafka")
 """What may run side by side: a process for each. `here` has what needs no broker."""
-HOUSE = {"memory": "here", "valkey": "redis", "redis-packaged": "redis", "rabbitmq-packaged": "rabbitmq"}
+HOUSE = {
+    "memory": "here",
+    "postgres": "here",
+    "mysql": "here",
+    "valkey": "redis",
+    "redis-packaged": "redis",
+    "rabbitmq-packaged": "rabbitmq",
+}
 """Of a broker, where it has none of its own name."""
 SUMMARY = "MSGBUS_TEST_SUMMARY"
 """Names a file that the lines of the summary are added to, for who runs several processes."""

@@ -21,6 +21,8 @@ PACKAGES = {
     "rabbitmq": ("rabbitmq-server",),
     "rabbitmq-packaged": ("rabbitmq-server",),
     "kafka": ("default-jre-headless", "maven"),
+    "postgres": ("postgresql",),
+    "mysql": ("mariadb-server",),
 }
 """Debian's. It has no package of Valkey before its 13th version; where there is one, it brings the program that is looked for."""
 

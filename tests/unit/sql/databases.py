@@ -1,23 +1,23 @@
-"""Where SQL tests run: SQLite always, PostgreSQL and MySQL where a variable says that they are there."""
+"""Where SQL tests run: SQLite always, PostgreSQL and MySQL where they can be had (see `tests/brokers.py`)."""
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from sqlalchemy import URL, MetaData, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+from tests.brokers import Unavailable, server
+from tests.conftest import missing
 
 from msgbus.stores.sql import SqlStore, make_outbox_tables
 
 NAMES = ("sqlite", "postgresql", "mysql")
-VARIABLES = {"postgresql": "MSGBUS_TEST_POSTGRES_URL", "mysql": "MSGBUS_TEST_MYSQL_URL"}
+SERVERS = {"postgresql": "postgres", "mysql": "mysql"}
 DRIVERS = {"sqlite": ("aiosqlite", "pysqlite"), "postgresql": ("asyncpg", "psycopg"), "mysql": ("aiomysql", "pymysql")}
 
 
@@ -61,10 +61,7 @@ def database(name: str, place: Path) -> Database:
     prefix = f"t{uuid.uuid4().hex[:10]}_"
     if name == "sqlite":
         return Database(make_url(f"sqlite:///{place / 'test.db'}"), prefix)
-    variable = VARIABLES[name]
-    url = os.environ.get(variable)
-    if url is None:
-        if os.environ.get("CI"):
-            pytest.fail(f"{variable} is not set")
-        pytest.skip(f"{variable} is not set")
-    return Database(make_url(url), prefix)
+    try:
+        return Database(make_url(server(SERVERS[name]).url), prefix)
+    except Unavailable as why:
+        missing(str(why))

@@ -13,7 +13,22 @@ from msgbus.contract.outcome import Outcome
 class Source:
     """An open receiver of a subscription, one a priority level, and how much of its window is taken."""
 
-    __slots__ = ("acked", "active", "asked", "calm", "closed", "held", "level", "ready", "receiver", "room", "share", "siblings", "window")
+    __slots__ = (
+        "acked",
+        "active",
+        "asked",
+        "calm",
+        "closed",
+        "held",
+        "level",
+        "ready",
+        "receiver",
+        "room",
+        "share",
+        "siblings",
+        "silent",
+        "window",
+    )
 
     def __init__(self, receiver: Receiver, level: Priority, window: int, share: int, ready: deque[Job]) -> None:
         self.receiver = receiver
@@ -40,6 +55,8 @@ class Source:
         """Its receiver is closed, or about to be: what it handed out and is not settled comes again, here or elsewhere."""
         self.calm = 0
         """In quarantine: deliveries in a row that were no suspects."""
+        self.silent = 0
+        """In quarantine: receives that brought nothing, before anything came."""
 
 
 class Job:

@@ -6,12 +6,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from msgbus.contract.adapter import Received
+from msgbus.contract.envelope import Priority
 from msgbus.inbound.job import Source
 
 SUSPECT = 2
 """Deaths from which a delivery puts its subscription in quarantine."""
 CALM = 3
 """Good deliveries in a row, from each source, that end a quarantine."""
+SILENCE = 60
+"""Receives without a message, of half a second each, after which nothing is expected any more from where a suspect came: a peer has it.
+Not one: a new receiver may have to wait for its shards."""
 REMEMBERED = 10_000
 """Messages whose first count of crashes a process remembers."""
 
@@ -19,11 +23,13 @@ REMEMBERED = 10_000
 class Suspects:
     """Of one subscription in one process. Pure bookkeeping."""
 
-    __slots__ = ("_first_counts", "quarantine")
+    __slots__ = ("_first_counts", "_levels", "quarantine")
 
     def __init__(self) -> None:
         self.quarantine = False
         """One at a time: only so is a death the fault of one message."""
+        self._levels: set[Priority] = set()
+        """Where suspects came from."""
         self._first_counts: OrderedDict[str, int] = OrderedDict()
 
     def deaths(self, received: Received) -> int:
@@ -38,12 +44,21 @@ class Suspects:
 
     def turn(self, source: Source, sources: Sequence[Source], batch: Sequence[Received]) -> bool:
         """Looks at what came. True: the quarantine has just begun, or just ended, and the batch must not be handled the old way."""
-        suspects = sum(1 for received in batch if received.crashes and self.deaths(received) >= SUSPECT)
+        suspects = any(received.crashes and self.deaths(received) >= SUSPECT for received in batch)
+        if suspects:
+            self._levels.add(source.level)
         if not self.quarantine:
-            self.quarantine = suspects > 0
-            return self.quarantine
-        source.calm = 0 if suspects else CALM if not batch else source.calm + 1
+            self.quarantine = suspects
+            return suspects
+        if batch:
+            source.calm = 0 if suspects else source.calm + 1
+            source.silent = SILENCE
+        else:
+            source.silent += 1
+            if source.silent >= SILENCE or source.level not in self._levels:
+                source.calm = CALM
         if all(other.calm >= CALM for other in sources):
             self.quarantine = False
+            self._levels.clear()
             return True
         return False

@@ -1,0 +1,60 @@
+"""When a quarantine begins and ends, by what the receives bring."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import cast
+
+from msgbus.contract.adapter import Received, Receiver, Tenure
+from msgbus.contract.envelope import Envelope, Priority, new_id
+from msgbus.inbound.job import Job, Source
+from msgbus.inbound.suspects import CALM, SILENCE, SUSPECT, Suspects
+
+
+def opened(level: Priority = "normal") -> Source:
+    """A source whose receiver was just opened."""
+    return Source(cast(Receiver, None), level, 32, 32, deque[Job]())  # None: suspects look at what came, not at who brought it
+
+
+def message(crashes: int = 0) -> Received:
+    return Received(Envelope(new_id(), "work", b"", {}), None, Tenure(), crashes)
+
+
+def begun(level: Priority = "normal") -> Suspects:
+    """In quarantine."""
+    suspects = Suspects()
+    source = opened(level)
+    assert suspects.turn(source, [source], [message(SUSPECT)])
+    return suspects
+
+
+def test_a_receiver_that_waits_for_its_shards_ends_no_quarantine() -> None:
+    """Nothing came yet since it was opened anew: the suspects are still to come. In the end nothing is waited for."""
+    suspects, source = begun(), opened()
+    assert [suspects.turn(source, [source], []) for _ in range(SILENCE)] == [False] * (SILENCE - 1) + [True]
+    assert not suspects.quarantine
+
+
+def test_the_suspects_are_through_when_nothing_more_comes() -> None:
+    """After them an empty receive ends it at once."""
+    suspects, source = begun(), opened()
+    assert not suspects.turn(source, [source], [])
+    assert not suspects.turn(source, [source], [message(SUSPECT)])
+    assert suspects.turn(source, [source], [])
+    assert not suspects.quarantine
+
+
+def test_good_messages_in_a_row_end_it() -> None:
+    """As many as `CALM`, after the last suspect."""
+    suspects, source = begun(), opened()
+    crashes = [0, 0, SUSPECT, *[0] * CALM]
+    assert [suspects.turn(source, [source], [message(count)]) for count in crashes] == [False] * (len(crashes) - 1) + [True]
+
+
+def test_a_level_that_had_no_suspects_is_not_waited_for() -> None:
+    """Its first empty receive is enough."""
+    suspects = begun("high")
+    sources = [opened("high"), opened("low")]
+    assert not suspects.turn(sources[1], sources, [])
+    assert not suspects.turn(sources[0], sources, [message(SUSPECT)])
+    assert suspects.turn(sources[0], sources, [])

@@ -39,43 +39,41 @@ class Topology:
         configs = await self._cluster.configs(
             [name for name, spec in specs.items() if name in found and (spec.kind == "dead" or spec.retain)]
         )
-        wanted: dict[str, tuple[NewTopic, str]] = {}
         for spec in specs.values():
             if spec.name in found:
                 _compare(spec, found, configs.get(spec.name, {}))
-            for topic in self._topics_of(spec, len(found.get(spec.name, ()))):
-                wanted[topic.name] = topic, f"topic {topic.name!r}"
+        wanted, groups = self._plan(specs, receivers, found)
+        found |= await self._cluster.leaders(wanted)
+        new = [made for name, made in wanted.items() if name not in found]
+        if new and not create:
+            raise _missing(new[0][1])
+        if new:
+            await self._cluster.create([topic for topic, _ in new])
+        for spec, group, level, start in groups:
+            await self._declare_group(spec.name, group, level, start, create)
+
+    def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        """What `declare` makes where nothing is yet, for Kafka's own tools."""
+        wanted, groups = self._plan({spec.name: spec for spec in topics}, receivers, {})
+        starts = [(group_id(spec.name, group, level), stream(spec.name, level), start, spec.retain) for spec, group, level, start in groups]
+        return shell([topic for topic, _ in wanted.values()], starts)
+
+    def _plan(
+        self, specs: Mapping[str, TopicSpec], receivers: Sequence[ReceiverSpec], found: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, tuple[NewTopic, str]], Sequence[tuple[TopicSpec, str, str, str]]]:
+        """The topics by their names, with what each is to people, and the groups: of which topic and priority, and where they start."""
         groups = [
-            (receiver.topic, receiver.group, level, receiver.start)
+            (specs[receiver.topic], receiver.group, level, receiver.start)
             for receiver in receivers
             if receiver.group is not None and specs[receiver.topic].kind == "work"
             for level in _levels(specs[receiver.topic])
         ]
-        for topic_name, group, level, _ in groups:
-            name = group_id(topic_name, group, level) + SOON
-            wanted[name] = self._soon(name, {}), f"group {group!r} of topic {topic_name!r} (Kafka topic {name!r})"
-        found |= await self._cluster.leaders(wanted)
-        new = {name: resource for name, (_, resource) in wanted.items() if name not in found}
-        if new and not create:
-            raise _missing(next(iter(new.values())))
-        if new:
-            await self._cluster.create([wanted[name][0] for name in new])
-        for topic_name, group, level, start in groups:
-            await self._declare_group(topic_name, group, level, start, create)
-
-    def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
-        """What `declare` makes where nothing is yet, for Kafka's own tools."""
-        specs = {spec.name: spec for spec in topics}
-        wanted = [topic for spec in topics for topic in self._topics_of(spec, 0)]
-        groups: list[tuple[str, str, str, float | None]] = []
-        for receiver in receivers:
-            spec, group = specs[receiver.topic], receiver.group
-            if group is not None and spec.kind == "work":
-                for level in _levels(spec):
-                    name = group_id(spec.name, group, level)
-                    wanted.append(self._soon(name + SOON, {}))
-                    groups.append((name, stream(spec.name, level), receiver.start, spec.retain))
-        return shell(wanted, groups)
+        topics = [topic for spec in specs.values() for topic in self._topics_of(spec, len(found.get(spec.name, ())))]
+        wanted = {topic.name: (topic, f"topic {topic.name!r}") for topic in topics}
+        for spec, group, level, _ in groups:
+            name = group_id(spec.name, group, level) + SOON
+            wanted[name] = self._soon(name, {}), f"group {group!r} of topic {spec.name!r} (Kafka topic {name!r})"
+        return wanted, groups
 
     # ------------------------------------------------------------ topics
 

@@ -16,6 +16,7 @@ from aiokafka import AIOKafkaProducer
 from tests.brokers import Server
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
+from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import Envelope, new_id
 from msgbus.errors import BrokerUnavailable, PublishRejected, PublishUnknown, TopologyMismatch
 from msgbus_kafka import KafkaAdapter
@@ -261,4 +262,54 @@ async def test_replay_of_a_group_at_rest_and_of_one_at_work(url: str) -> None:
         await receiver.close()
         assert await operator.replay(topic, "workers", since) == 10
         receiver = await adapter.open_receiver(spec)
-        assert len(await take(receiver, 10)) == 10
+        for received in await take(receiver, 10):
+            receiver.ack(received)
+        assert await receiver.receive(1, 1.0) == [], "not what was ordered before, too"
+
+
+async def test_a_replay_passes_nothing_over_that_still_waits(url: str) -> None:
+    """What is older than the moment, and was not handed out yet, comes as it would have."""
+    topic = fresh()
+    async with opened(url, shards=1) as adapter:
+        spec = ReceiverSpec(topic, "workers")
+        await adapter.declare([TopicSpec(topic, retain=3600.0)], [spec])
+        older, younger = envelope(topic), envelope(topic)
+        await adapter.send([older], timeout=5)
+        assert await adapter.replay(topic, "workers", time.time() + 60) == 0
+        await adapter.send([younger], timeout=5)
+        taken = await take(await adapter.open_receiver(spec), 2)
+        assert [received.envelope.id for received in taken] == [older.id, younger.id]
+
+
+async def test_dead_letters_in_hand_do_not_wait(url: str) -> None:
+    """Or whoever redrives some of them would wait for the rest, which it holds itself, to be handed out."""
+    topic = dead_topic(fresh(), "workers")
+    async with opened(url) as adapter:
+        spec = ReceiverSpec(topic, DEAD_GROUP, window=10)
+        await adapter.declare([TopicSpec(topic, kind="dead")], [spec])
+        assert await adapter.send([envelope(topic) for _ in range(3)], timeout=5) == [None] * 3
+        receiver = await adapter.open_receiver(spec)
+        first, *others = await take(receiver, 2)
+        depth = await adapter.depth(topic, DEAD_GROUP)
+        assert (depth.ready, depth.in_flight) == (1, 2)
+        receiver.ack(first)
+        for received in others:
+            await receiver.release(received)
+        await receiver.close()
+        depth = await adapter.depth(topic, DEAD_GROUP)
+        assert (depth.ready, depth.in_flight) == (2, 0), "what was settled is gone when it is closed, nothing else"
+
+
+async def test_a_dropped_group_is_noticed_long_before_a_heartbeat(url: str) -> None:
+    """The receivers look at their group twice a second."""
+    topic = fresh()
+    async with opened(url, heartbeat=30.0, session_timeout=30.0) as adapter, opened(url) as operator:
+        spec = ReceiverSpec(topic, "workers")
+        await adapter.declare([TopicSpec(topic)], [spec])
+        receiver = await adapter.open_receiver(spec)
+        await adapter.send([envelope(topic)], timeout=5)
+        for received in await take(receiver, 1):
+            receiver.ack(received)
+        assert await operator.drop_group(topic, "workers")
+        with pytest.raises(BrokerUnavailable):
+            await take(receiver, 1, seconds=5)

@@ -23,7 +23,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
 from aiokafka.protocol.produce import ProduceRequest
 
-from msgbus.errors import BrokerUnavailable
+from msgbus.errors import BrokerUnavailable, MsgbusError
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 
 DEADLINE = 10.0
@@ -56,6 +56,7 @@ class Cluster:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
         self._client = AIOKafkaClient(**options, request_timeout_ms=int(DEADLINE * 1000))
+        self._coordinators: dict[str, int] = {}
         self.nodes: list[int] = []
         self.default_replication = 1
         self.max_bytes = 1048588
@@ -69,9 +70,9 @@ class Cluster:
             reason = await self._refusal() or error
             raise translate(reason, f"connecting to {shown}") from reason
         self.nodes = [broker.nodeId for broker in self._client.cluster.brokers()]
-        configs = (await self._configs(_BROKER, [str(self.nodes[0])], self.nodes[0]))[str(self.nodes[0])]
-        self.max_bytes = int(configs["message.max.bytes"][0])
-        self.default_replication = int(configs["default.replication.factor"][0])
+        node = self.nodes[0]
+        (configs,) = (await self._configs(admin.DescribeConfigsRequest([(_BROKER, str(node), None)]), range(9), node)).values()
+        self.max_bytes, self.default_replication = int(configs["message.max.bytes"]), int(configs["default.replication.factor"])
 
     async def _refusal(self) -> Exception | None:
         """Why the first of the brokers does not let us in: the client tells that to its log alone."""
@@ -149,15 +150,13 @@ class Cluster:
 
     async def configs(self, topics: Sequence[str]) -> dict[str, dict[str, str]]:
         """What was set on each topic itself, not by the broker's defaults."""
-        found = await self._configs(_TOPIC, topics)
-        return {topic: {name: value for name, (value, source) in entries.items() if source == 1} for topic, entries in found.items()}
+        return await self._configs(admin.DescribeConfigsRequest([(_TOPIC, topic, None) for topic in topics]), (1,))
 
-    async def _configs(self, kind: int, names: Sequence[str], node: int | None = None) -> dict[str, dict[str, tuple[str, int]]]:
-        request = admin.DescribeConfigsRequest([(kind, name, None) for name in names])
+    async def _configs(self, request: object, sources: Sequence[int], node: int | None = None) -> dict[str, dict[str, str]]:
         answer = await self._ask(request, "reading configurations", node, (UNKNOWN_TOPIC,))
         return {
             resource["resource_name"]: {
-                entry["config_names"]: (entry["config_value"], entry["config_source"]) for entry in resource["config_entries"]
+                entry["config_names"]: entry["config_value"] for entry in resource["config_entries"] if entry["config_source"] in sources
             }
             for resource in answer["resources"]
         }
@@ -235,11 +234,15 @@ class Cluster:
     async def _coordinate(self, group: str, request: object, doing: str, tolerate: Sequence[int] = ()) -> Answer:
         doing = f"{doing} of group {group!r}"
         try:
-            async with asyncio.timeout(DEADLINE):
-                node = await self._client.coordinator_lookup(0, group)
+            if group not in self._coordinators:
+                async with asyncio.timeout(DEADLINE):
+                    self._coordinators[group] = await self._client.coordinator_lookup(0, group)
+            return await self._ask(request, doing, self._coordinators[group], tolerate)
+        except MsgbusError:  # it may be another by now
+            self._coordinators.pop(group, None)
+            raise
         except CLIENT_ERRORS as error:
             raise translate(error, doing) from error
-        return await self._ask(request, doing, node, tolerate)
 
     def _controller(self) -> int | None:
         controller = self._client.cluster.controller

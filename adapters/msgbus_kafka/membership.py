@@ -25,6 +25,8 @@ LEAVE_AFTER = 1.0
 """Seconds without a `receive`, and with nothing handed out, after which the partitions are left to others: it is paused."""
 ORDERS_EVERY = 0.5
 """Seconds after which a receiver looks whether an operator purged or replayed its group."""
+DROPPED_EVERY = 2.0
+"""Seconds after which it looks whether the group is still there: a heartbeat may take longer."""
 CALL_AFTER = 0.05
 """Seconds that a partition which was let go of waits for others to be let go of with it."""
 PURGE = "purge"
@@ -58,7 +60,7 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         self._member_id = ""
         self._suspended = True
         self._away = False  # from its group, until somebody receives again
-        self._look_at_orders = 0.0
+        self._look_at_orders = self._look_at_group = 0.0
         self._receiving_until = self._loop.time()
         self._in_hand: set[TopicPartition] = set()  # when the group began to share out
         self._calling: asyncio.TimerHandle | None = None
@@ -83,14 +85,17 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             self._coordinator.check_errors()
         except CLIENT_ERRORS as error:
             self._fail(translate(error, f"in group {self._group!r}"))
-        if not self._suspended and self._loop.time() >= self._look_at_orders:
-            self._look_at_orders = self._loop.time() + ORDERS_EVERY
-            try:
+        now = self._loop.time()
+        try:
+            if not self._suspended and now >= self._look_at_orders:
+                self._look_at_orders = now + ORDERS_EVERY
                 self._carry_out(await self._cluster.committed(orders_id(self._group)))
+            if not self._suspended and now >= self._look_at_group:
+                self._look_at_group = now + DROPPED_EVERY
                 if not await self._cluster.committed(self._group):
                     self._fail(self._dropped())
-            except MsgbusError:
-                return  # who is away says so by other ways
+        except MsgbusError:
+            return  # who is away says so by other ways
 
     @property
     def _coordinator(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 from msgbus.contract.adapter import (
     Adapter,
@@ -21,6 +21,7 @@ from msgbus.contract.adapter import (
 from msgbus.contract.address import DEAD_GROUP
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerUnavailable, UnsupportedFeature
+from msgbus_rabbitmq.export import Notebook
 from msgbus_rabbitmq.keyed import KeyedReceiver
 from msgbus_rabbitmq.link import Asking, Link
 from msgbus_rabbitmq.names import LONGEST_DELAY
@@ -54,7 +55,7 @@ class Connected:
 
 
 class RabbitAdapter(Adapter):
-    """RabbitMQ, by quorum queues. Also `HasDepth`, `Peekable`, `Purgeable`, `HasGroups`."""
+    """RabbitMQ, by quorum queues. Also `HasDepth`, `Peekable`, `Purgeable`, `HasGroups`, `Exportable`."""
 
     schemes: ClassVar[tuple[str, ...]] = ("amqp", "amqps")
     name: ClassVar[str] = "rabbitmq"
@@ -139,6 +140,17 @@ class RabbitAdapter(Adapter):
         for receiver in receivers:
             if receiver.group is not None:
                 await connected.topology.declare_group(layouts[receiver.topic], receiver.group, receiver.start, create)
+
+    async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
+        """Definitions for `rabbitmqctl import_definitions`: what `declare` makes on an empty broker, and the delays."""
+        notebook = Notebook(self._place.vhost)
+        topology = Topology(cast(Asking, notebook), Link(self._place, 0, "nothing"), self._settings)  # it has all that is asked for here
+        await topology.make_delays()
+        layouts = {spec.name: await topology.declare_topic(spec, create=True) for spec in topics}
+        groups = [(receiver.topic, receiver.group) for receiver in receivers if receiver.group is not None]
+        for topic, group in [*((spec.name, DEAD_GROUP) for spec in topics if spec.kind == "dead"), *groups]:
+            await topology.declare_group(layouts[topic], group, "latest", create=True)  # nothing is there to be moved
+        return notebook.text()
 
     async def shards(self, topic: str) -> int | None:
         """None where the topic is not keyed, or not there."""

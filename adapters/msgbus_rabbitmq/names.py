@@ -108,6 +108,11 @@ def meta(topic: str) -> str:
     return f"msgbus.{hashlib.sha256(topic.encode()).hexdigest()[:16]}"
 
 
+def exchange(name: str) -> str:
+    """Of a topic, or of what is unclaimed of it. AMQP has 127 characters for the name of an exchange, half of a queue's."""
+    return name if len(name) <= 127 else f"{name[:94]}:{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+
+
 def unclaimed(topic: str) -> str:
     """What keeps a topic's messages until its first group is there: the exchange for what has nowhere to go, and its queue."""
     return f"{topic}:unclaimed"

@@ -13,6 +13,7 @@ from aiormq.abc import DeliveredMessage
 
 from msgbus.contract.adapter import Received, Receiver, ReceiverSpec
 from msgbus.errors import BrokerError, BrokerUnavailable
+from msgbus_rabbitmq import names
 from msgbus_rabbitmq.hold import Hold
 from msgbus_rabbitmq.link import Asking, Link
 from msgbus_rabbitmq.names import Layout
@@ -237,5 +238,5 @@ class PrivateReceiver(RabbitReceiver):
         async with self.terms.ask(f"a private queue of {layout.topic!r}") as channel:
             await channel.queue_declare(name, exclusive=True)
             for part in layout.parts_of(self.spec.priority):
-                await channel.queue_bind(name, layout.topic, layout.pattern(part))
+                await channel.queue_bind(name, names.exchange(layout.topic), layout.pattern(part))
         return [name]

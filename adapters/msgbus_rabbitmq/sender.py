@@ -106,7 +106,7 @@ class Sender:
         queue = layout.queue(envelope.group, part) if envelope.group is not None else ""
         if envelope.delay > 0:  # an expiration would let it out of its level too early
             return (*names.delayed(envelope.delay, names.to_queue(queue) if own else names.to_topic(envelope.topic, part)), True)
-        return ("", queue, layout.dead) if own else (envelope.topic, part, layout.dead)
+        return ("", queue, layout.dead) if own else (names.exchange(envelope.topic), part, layout.dead)
 
     async def _confirm(
         self,

@@ -84,6 +84,7 @@ class Topology:
     async def _make(self, layout: Layout, fresh: bool) -> Layout:
         """All that a topic needs; its layout last, for that says that all is there."""
         topic, kept = layout.topic, names.unclaimed(layout.topic)
+        own, aside = names.exchange(topic), names.exchange(kept)
         async with self._ask(f"topic {topic!r}") as channel:
             # What is due for a queue that is gone is kept aside: it would stop its level of the delays for everybody.
             await _exchange(channel, names.LOST, "fanout")
@@ -91,14 +92,14 @@ class Topology:
             await channel.queue_bind(names.LOST, names.LOST)
             await _exchange(channel, names.DUE, "topic", names.LOST)
             if not layout.dead:
-                await _exchange(channel, kept, "fanout")
+                await _exchange(channel, aside, "fanout")
                 await _queue(channel, names.registry(topic), names.QUORUM)
                 if fresh:
                     ttl = names.milliseconds(self._settings.first_group_retention)
                     await _queue(channel, kept, {**names.QUORUM, "x-message-ttl": ttl})
-                    await channel.queue_bind(kept, kept)
-            await _exchange(channel, topic, "topic", None if layout.dead else kept)
-            await channel.exchange_bind(topic, names.DUE, f"#.{names.to_topic(topic)}")
+                    await channel.queue_bind(kept, aside)
+            await _exchange(channel, own, "topic", None if layout.dead else aside)
+            await channel.exchange_bind(own, names.DUE, f"#.{names.to_topic(topic)}")
         if fresh:
             try:
                 async with self._ask(f"topic {topic!r}") as channel:
@@ -130,27 +131,29 @@ class Topology:
             for queue in layout.queues(group):
                 if await self.count(queue) is None:
                     raise TopologyMismatch(f"{where}: queue {queue!r}", "a queue", "none")
-            return
-        known = layout.dead or await self.has_group(layout, group)
+            known = layout.dead or group in await self.groups(topic)  # definitions hold no messages: its name may be missing
+        else:
+            known = layout.dead or await self.has_group(layout, group)
         async with self._ask(where) as channel:
             if not known:
                 await _store(channel, names.registry(topic), group.encode(), amqp.Basic.Properties())
-            for part, queue in zip(layout.parts, layout.queues(group), strict=True):
+            for part, queue in zip(layout.parts, layout.queues(group), strict=True) if create else ():
                 await _queue(channel, queue, layout.arguments(self._settings.dead_letter_retention))
-                await channel.queue_bind(queue, topic, layout.pattern(part))
+                await channel.queue_bind(queue, names.exchange(topic), layout.pattern(part))
                 await channel.queue_bind(queue, names.DUE, f"#.{names.to_queue(queue)}")
         if not layout.dead and await self.count(kept) is not None:
             async with self._locked(topic):
                 if start == "earliest":
                     await self._move(layout, group, kept)
-                async with self._ask(f"queue {kept!r}") as channel:
-                    await channel.queue_delete(kept)
+                if create:
+                    async with self._ask(f"queue {kept!r}") as channel:
+                        await channel.queue_delete(kept)
 
     async def keep_for_the_first(self, topic: str) -> None:
         """A private receiver takes messages and is no group: what nobody has claimed is kept beside it."""
         if await self.count(names.unclaimed(topic)) is not None:
             async with self._ask(f"topic {topic!r}") as channel:
-                await channel.queue_bind(names.unclaimed(topic), topic, "#")
+                await channel.queue_bind(names.unclaimed(topic), names.exchange(topic), "#")
 
     async def _move(self, layout: Layout, group: str, kept: str) -> None:
         """From what was kept to the group's queues, confirmed there before it is acked here."""

@@ -121,4 +121,45 @@ class KafkaStranger(Stranger):
             await admin.close()
 
 
-STRANGERS: Mapping[str, type[Stranger]] = {"redis": RedisStranger, "kafka": KafkaStranger}
+class RabbitmqStranger(Stranger):
+    odd_headers: ClassVar[Odd] = {
+        "msgbus-attempt": -1,
+        "nested": {"a": [1, None]},
+        "number": 2**40,
+        "none": None,
+        "cloudEvents_time": 7,
+    }
+    taken = ("queue", "exchange")
+    elsewhere = "/nowhere"
+
+    async def publish(self, topic: str, body: bytes, headers: Odd) -> None:
+        from aio_pika import Message, connect
+
+        async with await connect(self.url) as connection:
+            exchange = await (await connection.channel()).get_exchange(topic)
+            await exchange.publish(Message(body, headers=dict(headers)), "anything")
+
+    async def take(self, what: str, topic: str, group: str) -> tuple[str, object]:
+        from aio_pika import connect
+
+        async with await connect(self.url) as connection:
+            channel = await connection.channel()
+            if what == "exchange":
+                await channel.declare_exchange(topic, "fanout", durable=True)
+                return topic, await self.look(what, topic, group)
+            await channel.declare_queue(f"{topic}.{group}", durable=True)
+        return f"{topic}.{group}", await self.look(what, topic, group)
+
+    async def look(self, what: str, topic: str, group: str) -> object:
+        """Declaring it as it was made fails where it was altered."""
+        from aio_pika import connect
+
+        async with await connect(self.url) as connection:
+            channel = await connection.channel()
+            if what == "exchange":
+                return str(await channel.declare_exchange(topic, "fanout", durable=True))
+            queue = await channel.declare_queue(f"{topic}.{group}", durable=True)
+            return queue.declaration_result.message_count
+
+
+STRANGERS: Mapping[str, type[Stranger]] = {"redis": RedisStranger, "kafka": KafkaStranger, "rabbitmq": RabbitmqStranger}

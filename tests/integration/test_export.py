@@ -31,7 +31,7 @@ APPLIED = {
     '  export KAFKA_TOPICS="$tool org.apache.kafka.tools.TopicCommand"\n'
     '  export KAFKA_CONSUMER_GROUPS="$tool org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"\n'
     "fi\n" + SCRIPT + "sh export --bootstrap-server localhost:{port}",
-    "rabbitmq": SCRIPT + "rabbitmqctl {node} import_definitions export",
+    "rabbitmq": SCRIPT + 'rabbitmqctl {node} import_definitions "$PWD/export"',
 }
 """How an operator carries it out, where the broker runs."""
 

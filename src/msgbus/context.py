@@ -30,7 +30,7 @@ R = TypeVar("R")
 class Facts:
     """What a handler can know of its delivery. Read from the envelope when asked."""
 
-    __slots__ = ("_published_at", "_publisher", "attempt", "deadline", "envelope", "group", "topic")
+    __slots__ = ("_published_at", "_publisher", "attempt", "deadline", "envelope", "group", "session", "topic")
 
     def __init__(
         self,
@@ -90,12 +90,18 @@ class Facts:
         """The id of the message whose handling published this one."""
         return self.envelope.headers.get(CE_CAUSATION)
 
+    session: object
+    """The session of the handler's transaction: there for a handler that takes one, inside of `within`."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(topic={self.topic!r}, group={self.group!r}, id={self.id!r}, attempt={self.attempt})"
 
 
 class Context(Facts, Publishes):
-    """The delivery in an async handler. What it publishes is sent at once and carries on correlation and causation."""
+    """The delivery in an async handler. What it publishes carries on correlation and causation.
+
+    It is sent at once; in a handler that takes a session it is a row of its transaction.
+    """
 
     __slots__ = ()
 
@@ -120,6 +126,16 @@ class Context(Facts, Publishes):
             return await self._publisher.publish_many(topic, messages, **options)
         finally:
             handling.reset(previous)
+
+    def within(self, session: object, publisher: Publishes) -> Context:
+        """The same delivery inside a transaction: what it publishes there is stored in it."""
+        inside = Context(self.envelope, publisher, topic=self.topic, group=self.group, attempt=self.attempt, deadline=self.deadline)
+        inside.session = session
+        return inside
+
+    def in_thread(self, loop: asyncio.AbstractEventLoop) -> SyncContext:
+        """The same delivery for a handler in a thread; `loop` is ours."""
+        return SyncContext(self.envelope, self._publisher, loop, topic=self.topic, group=self.group, attempt=self.attempt)
 
 
 class SyncContext(Facts, SyncPublishes):

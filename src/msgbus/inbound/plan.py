@@ -11,6 +11,7 @@ from msgbus.codecs import codec_for
 from msgbus.contract.adapter import Adapter, Capability, ReceiverSpec
 from msgbus.contract.envelope import PRIORITIES, check_group, check_topic
 from msgbus.contract.idempotency import IdempotencyStore
+from msgbus.contract.outbox import TransactionalStore
 from msgbus.errors import ConfigurationError, InvalidName, UnsupportedFeature
 from msgbus.inbound.subscription import Signature, Subscription, bind
 from msgbus.retry import Retry
@@ -87,6 +88,7 @@ def plan_all(subscriptions: Iterable[Subscription], topics: Mapping[str, Topic[A
     for subscription in subscriptions:
         plan = _plan(subscription, topics, defaults)
         _check_capabilities(plan, adapter)
+        _check_session(plan)
         if plan.group is not None:
             other = taken.setdefault((plan.topic.name, plan.group), plan)
             if other is not plan:
@@ -178,6 +180,21 @@ def _check_capabilities(plan: Plan, adapter: Adapter) -> None:
     ):
         if needed and capability not in has:
             raise UnsupportedFeature(f"{plan.place}: {feature}", adapter.name, alternative)
+
+
+def _check_session(plan: Plan) -> None:
+    """A handler that takes a session needs a store that gives one, and a connection for each run at once."""
+    if plan.signature.session is None:
+        return
+    if not isinstance(plan.store, TransactionalStore):
+        raise ConfigurationError(
+            f"{plan.place}: takes a session, and only a SqlStore gives one: Bus(store=SqlStore(...)), of msgbus.stores.sql"
+        )
+    if plan.group is None:
+        raise ConfigurationError(f"{plan.place}: takes a session, with broadcast=True; the inbox lets one instance alone have the effect")
+    problem = plan.store.refuses_handler(plan.concurrency, is_async=plan.signature.is_async)
+    if problem is not None:
+        raise ConfigurationError(f"{plan.place}: {problem}")
 
 
 def check_topics(topics: Iterable[Topic[Any]], adapter: Adapter) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-from msgbus.context import Context, SyncContext
+from msgbus.context import Context
 from msgbus.contract.codec import Codec
 from msgbus.contract.outcome import DONE, Outcome
 from msgbus.errors import BatchFailed, DecodeError, Drop, Reject, RetryLater
@@ -51,6 +51,7 @@ class Route(Generic[M]):
         self._executor = executor
         self._handler = plan.handler
         self._context_name = plan.signature.context
+        self._session_name = plan.signature.session
         self.call: Callable[[Any, Context | list[Context]], Awaitable[Any]]
         """The handler's own run, with its timeout; of a batch, with a list of messages and one of contexts."""
         self.call = self._call_sync if not plan.signature.is_async else self._call_async if plan.timeout is None else self._call_in_time
@@ -108,20 +109,30 @@ class Route(Generic[M]):
         return error
 
     def _call_async(self, message: Any, context: Context | list[Context]) -> Awaitable[Any]:
+        if self._session_name is not None:
+            return self._call_in_session(message, context)
         name = self._context_name
         running: Awaitable[Any] = self._handler(message) if name is None else self._handler(message, **{name: context})
         return running
 
+    def _call_in_session(self, message: Any, context: Context | list[Context]) -> Awaitable[Any]:
+        running: Awaitable[Any] = self._handler(message, **self._session_of(context), **self._named(context))
+        return running
+
+    def _named(self, context: Any) -> dict[str, Any]:
+        return {} if self._context_name is None else {self._context_name: context}
+
+    def _session_of(self, context: Context | list[Context]) -> dict[str, Any]:
+        """No batch handler takes a session: `bind` refused it."""
+        return {} if self._session_name is None or isinstance(context, list) else {self._session_name: context.session}
+
     def _call_sync(self, message: Any, context: Context | list[Context]) -> Awaitable[Any]:
         loop = asyncio.get_running_loop()
-        arguments: dict[str, Any] = {}
+        arguments = self._session_of(context)
         if (name := self._context_name) is not None:
-            arguments[name] = [self._sync(one, loop) for one in context] if isinstance(context, list) else self._sync(context, loop)
+            arguments[name] = [one.in_thread(loop) for one in context] if isinstance(context, list) else context.in_thread(loop)
         run: Callable[[], Any] = functools.partial(contextvars.copy_context().run, _call, self._handler, message, **arguments)
         return loop.run_in_executor(self._executor, run)
-
-    def _sync(self, context: Context, loop: asyncio.AbstractEventLoop) -> SyncContext:
-        return SyncContext(context.envelope, self._publisher, loop, topic=context.topic, group=context.group, attempt=context.attempt)
 
     async def _call_in_time(self, message: Any, context: Context | list[Context]) -> Any:
         timeout = self._timeout

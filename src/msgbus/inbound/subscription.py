@@ -85,6 +85,8 @@ class Signature:
     is_async: bool
     context: str | None
     """The parameter that takes the context (a list of them with a batch), if any."""
+    session: str | None = None
+    """The parameter that takes the session of the handler's transaction, if any."""
 
 
 def register(topic: Topic[Any] | str, handler: Callable[..., Any], options: dict[str, Any]) -> Subscription:
@@ -176,20 +178,22 @@ def bind(subscription: Subscription, topic: Topic[Any] | None) -> Signature:
         )
     else:
         model = annotated
-    return Signature(model, is_async, _context_parameter(handler, hints, first, batch, is_async, place))
+    return Signature(model, is_async, *_other_parameters(handler, hints, first, batch, is_async, place))
 
 
-def _context_parameter(
+def _other_parameters(
     handler: Callable[..., Any],
     hints: dict[str, Any],
     first: inspect.Parameter,
     batch: bool,
     is_async: bool,
     place: str,
-) -> str | None:
+) -> tuple[str | None, str | None]:
+    """The names of those that take the context and the session."""
     wanted: Any = Context if is_async else SyncContext
     other: Any = SyncContext if is_async else Context
     found: str | None = None
+    session: str | None = None
     for parameter in inspect.signature(handler).parameters.values():
         if parameter.name == first.name or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -208,12 +212,29 @@ def _context_parameter(
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 raise ConfigurationError(f"{place}: the context is given by name; {parameter.name!r} is positional-only")
             found = parameter.name
+        elif (asked := _session_kind(one)) is not None:
+            needed = "AsyncSession" if is_async else "Session"
+            if asked != needed or batch or session is not None or parameter.kind is parameter.POSITIONAL_ONLY:
+                raise ConfigurationError(
+                    f"{place}: parameter {parameter.name!r} ({_shown(hint)}): {'an async' if is_async else 'a sync'} handler "
+                    f"takes one {needed}, given by name; a batch handler takes none"
+                )
+            session = parameter.name
         elif parameter.default is parameter.empty:
             raise ConfigurationError(
                 f"{place}: nothing can be given for parameter {parameter.name!r} ({_shown(hint)}); "
-                f"a handler takes the message and, if it asks, {wanted.__name__}"
+                f"a handler takes the message and, if it asks, {wanted.__name__} and a session"
             )
-    return found
+    return found, session
+
+
+_SESSIONS = {"sqlalchemy.ext.asyncio.session.AsyncSession": "AsyncSession", "sqlalchemy.orm.session.Session": "Session"}
+
+
+def _session_kind(hint: Any) -> str | None:
+    """Which of SQLAlchemy's sessions a parameter takes, subclasses too. By name: SQLAlchemy is not imported for it."""
+    classes = hint.__mro__ if isinstance(hint, type) else ()
+    return next((kind for one in classes if (kind := _SESSIONS.get(f"{one.__module__}.{one.__qualname__}"))), None)
 
 
 def _without_none(hint: Any) -> Any:

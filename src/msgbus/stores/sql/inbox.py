@@ -60,7 +60,11 @@ def _insert(connection: Connection, inbox: Table, row: dict[str, Any]) -> bool:
         statement = postgresql.insert(inbox).values(**row).on_conflict_do_nothing()
     else:
         statement = sqlite.insert(inbox).values(**row).on_conflict_do_nothing()
-    return connection.execute(statement).rowcount == 1
+    # SQLAlchemy asks a driver only after UPDATE and DELETE by itself: without the option some say that they do not know.
+    inserted = connection.execute(statement.execution_options(preserve_rowcount=True)).rowcount
+    if inserted not in (0, 1):
+        raise RuntimeError(f"the driver {connection.dialect.driver} does not say how many rows were inserted: {inserted}")
+    return inserted == 1
 
 
 def complete(connection: Connection, inbox: Table, group: str, key: str, token: str, result: bytes | None, ttl: float) -> bool:

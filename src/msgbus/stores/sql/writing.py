@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -104,7 +105,7 @@ class AsyncTransaction(Transaction):
                 self._begun = self._session.sync_session.get_transaction()
                 return await connection.run_sync(inbox.begin, self._home.tables.inbox, group, key, fingerprint, ttl, done=True)
         except Exception as error:
-            if not is_database_error(error):
+            if isinstance(error, IntegrityError) or not is_database_error(error):
                 raise
             raise StoreError(f"the handler's transaction: {shown(error)}") from error
 
@@ -115,11 +116,12 @@ class AsyncTransaction(Transaction):
     async def commit(self) -> None:
         if self._session.sync_session.get_transaction() is not self._begun:
             log.error("a handler ended its own transaction: what it did afterwards may happen twice; leave the session's end to msgbus")
+        await self._session.flush()  # what fails here is the handler's own
         try:
             async with asyncio.timeout(REMEMBER_TIMEOUT):
                 await self._session.commit()
         except Exception as error:
-            if not is_database_error(error):
+            if isinstance(error, IntegrityError) or not is_database_error(error):
                 raise
             raise StoreError(f"the handler's transaction: {shown(error)}") from error
         if self._wrote:
@@ -149,6 +151,7 @@ class ThreadTransaction(Transaction):
         await asyncio.to_thread(lambda: _insert(self._connection(), self._home, rows))
 
     async def commit(self) -> None:
+        await asyncio.to_thread(self._session.flush)  # what fails here is the handler's own
         await self._in_thread(self._session.commit)
         if self._wrote:
             self._home.wake()
@@ -164,6 +167,6 @@ class ThreadTransaction(Transaction):
         try:
             return await asyncio.to_thread(work)
         except Exception as error:
-            if not is_database_error(error):
+            if isinstance(error, IntegrityError) or not is_database_error(error):
                 raise
             raise StoreError(f"the handler's transaction: {shown(error)}") from error

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from msgbus.inbound.runner import Runner
     from msgbus.inbound.subscription import Subscription
     from msgbus.middleware.base import Middleware
+    from msgbus.outbound.relay import Relay
     from msgbus.outbox import Scribe
     from msgbus.runtime import Runtime
     from msgbus.settings import Settings
@@ -85,6 +86,7 @@ class Bus(Router, Publishes):
         self._runtime: Runtime | None = None
         self._entering = False
         self._runners: list[Runner] = []
+        self._relay: Relay | None = None
         self._ended: list[str] = []
         self._stopping: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -209,7 +211,7 @@ class Bus(Router, Publishes):
         """How the bus and its broker are, from what is known just now: no I/O."""
         from msgbus.health import assess
 
-        return assess(self._entered().monitor, self._runners, self._ended)
+        return assess(self._entered().monitor, self._runners, self._ended, self._relay)
 
     def pause(self, subscription: str) -> None:
         """Stops starting handlers of the subscriptions of this name, in this process. Raises `NotFound`."""
@@ -349,19 +351,42 @@ class Bus(Router, Publishes):
         executors: list[ThreadPoolExecutor] = []
         self._ended = []
         try:
-            runners = self._runners = await make_runners(self._entered(), self, executors)
-            async with self._at_work(runners, handle_signals):
-                yield
+            async with self._relaying():
+                runners = self._runners = await make_runners(self._entered(), self, executors)
+                async with self._at_work(runners, handle_signals):
+                    yield
         finally:
             self._runners = []
             for executor in executors:
                 executor.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
+    async def _relaying(self) -> AsyncGenerator[None, None]:
+        """The outbox's rows are sent, where the store has an outbox. Ends after the handlers, whose rows may be the last."""
+        from msgbus.running import make_relay
+
+        relay = self._relay = await make_relay(self._entered())
+        if relay is None:
+            yield
+            return
+        task = asyncio.create_task(relay.run(), name="msgbus outbox relay")
+        task.add_done_callback(functools.partial(self._note_end, "the outbox's relay"))
+        try:
+            yield
+        finally:
+            relay.stop()
+            for _ in range(2):
+                await asyncio.wait([task], timeout=self._entered().close_timeout)
+                task.cancel()
+            self._relay = None
+        if not task.cancelled() and task.done():
+            task.result()
+
+    @asynccontextmanager
     async def _at_work(self, runners: Sequence[Runner], handle_signals: bool) -> AsyncGenerator[None, None]:
         tasks = {asyncio.create_task(runner.run(), name=f"msgbus {runner.plan.name}"): runner for runner in runners}
         for task, runner in tasks.items():
-            task.add_done_callback(functools.partial(self._note_end, runner))
+            task.add_done_callback(functools.partial(self._note_end, runner.plan.name))
         undo = self._on_signals() if handle_signals else None
         try:
             assert self._stopping is not None  # set by _running
@@ -378,11 +403,11 @@ class Bus(Router, Publishes):
         for task in tasks:
             task.result()
 
-    def _note_end(self, runner: Runner, task: asyncio.Task[None]) -> None:
-        """A subscription that ends by an error takes `run()` with it: half a service is worse than one that is restarted."""
+    def _note_end(self, name: str, task: asyncio.Task[None]) -> None:
+        """What ends by an error takes `run()` with it: half a service is worse than one that is restarted."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._ended.append(runner.plan.name)
-            log.error("%s ended", runner.plan.name, exc_info=error)
+            self._ended.append(name)
+            log.error("%s ended", name, exc_info=error)
             if self._stopping is not None:
                 self._stopping.set()
 

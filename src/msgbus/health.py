@@ -11,6 +11,7 @@ from typing import Literal
 from msgbus.contract.adapter import Adapter, HasGroups
 from msgbus.errors import BrokerError
 from msgbus.inbound.runner import Runner
+from msgbus.outbound.relay import Relay
 
 log = logging.getLogger("msgbus")
 
@@ -87,7 +88,7 @@ class Monitor:
             self.unclaimed = tuple([topic for topic in self._published() if not await adapter.groups(topic)])
 
 
-def assess(monitor: Monitor, runners: Sequence[Runner], ended: Iterable[str]) -> Health:
+def assess(monitor: Monitor, runners: Sequence[Runner], ended: Iterable[str], relay: Relay | None = None) -> Health:
     """The health of a bus, from what its parts say just now."""
     problems: list[str] = []
     down = False
@@ -97,6 +98,8 @@ def assess(monitor: Monitor, runners: Sequence[Runner], ended: Iterable[str]) ->
     for name in ended:
         down = True
         problems.append(f"{name}: ended by an error; the process must be restarted")
+    if relay is not None:
+        problems += relay.problems()
     subscriptions: list[SubscriptionHealth] = []
     for runner in runners:
         plan = runner.plan

@@ -22,6 +22,7 @@ except ImportError as error:
 
 SUITE_MODULES = (
     "publishing", "content", "groups", "consuming", "ordering", "retrying", "dead_letters", "lifecycle", "operating", "refusals",
+    "storing",
 )  # fmt: skip
 """The modules of `msgbus.testing` that hold the suite's tests, in the order they run."""
 

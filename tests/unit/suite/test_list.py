@@ -56,14 +56,16 @@ CLAIMED = """
     processes_share_the_broker confirmed_outlives_its_process_and_a_restart
 """
 
-NAMES = " ".join((PUBLISHING, CONSUMING, ORDERING, RETRYING, LIFECYCLE, REFUSED, CLAIMED)).split()
+STORING = """
+    inbox_effect_once outbox_atomic_commit_and_rollback
+"""
+
+NAMES = " ".join((PUBLISHING, CONSUMING, ORDERING, RETRYING, LIFECYCLE, REFUSED, CLAIMED, STORING)).split()
 
 WAITS_FOR = {
     "request_reply": "request",
     "request_timeout": "request",
     "request_late_reply_dropped": "request",
-    "inbox_effect_once": "outbound.relay",
-    "outbox_atomic_commit_and_rollback": "outbound.relay",
     "scheduler_fires_once_across_instances": "schedule",
 }
 """Names that have no test yet, and the module of msgbus that they wait for."""

@@ -111,6 +111,7 @@ async def test_shards_change_hands(stage: Stage, tmp_path: Path, figure: Figure,
             return await crew.until(lambda: even(shares(crew, shard, since=max(began, time.monotonic() - 0.5)), 2), 60, "even shares")
 
         await (await crew.hire()).up()
+        await crew.share()  # what is published while a topic's first group is being declared has no order
         async with loaded(crew, keys, pace=0.1, work=lambda key, n: Work(key=key, n=n, seconds=pick.uniform(0, 0.02))):
             await crew.until(lambda: shares(crew, shard, since=0), 30, "the first process to have every shard")
             await (await crew.hire()).up()
@@ -160,7 +161,7 @@ async def test_kills_its_process(stage: Stage, tmp_path: Path, figure: Figure, k
 
 
 async def test_resets(stage: Stage, tmp_path: Path, figure: Figure, keyed: bool, name: str) -> None:
-    """Every connection of workers and publisher is reset every 500 ms for 20 seconds: nothing is lost, nothing good is a dead letter, no
+    """Every connection of the workers is reset every 500 ms for 20 seconds: nothing is lost, nothing good is a dead letter, no
     handler is cancelled."""
     parts = urlsplit(stage.broker.url)
     assert parts.port is not None  # tests name it
@@ -170,10 +171,10 @@ async def test_resets(stage: Stage, tmp_path: Path, figure: Figure, keyed: bool,
         async with crew_of(stage, tmp_path, keyed=keyed, shards=SHARDS if keyed else None, url=url) as crew:
             for hired in [await crew.hire(), await crew.hire()]:
                 await hired.up()
+            await crew.share()
             pick = random.Random(2)
             keys = [f"key{number}" for number in range(16)]
             async with loaded(crew, keys, pace=0.5, work=lambda key, n: Work(key=key, n=n, seconds=pick.choice([0.01, 0.2, 1.0]))):
-                await crew.until(lambda: len(crew.done) >= 16, 60, "the first messages")
                 before = len(crew.done)
                 await proxy.reset_every(0.5, during=20)
                 crew.look()
@@ -219,6 +220,7 @@ async def test_starts_and_stops(stage: Stage, tmp_path: Path, figure: Figure, ke
     drains: list[float] = []
     async with crew_of(stage, tmp_path, keyed=keyed, shards=SHARDS if keyed else None) as crew:
         await (await crew.hire()).up()
+        await crew.share()
         keys = [f"key{number}" for number in range(24)]
         async with loaded(crew, keys, pace=0.1, work=lambda key, n: Work(key=key, n=n, seconds=pick.uniform(0, 0.1))):
             for number in range(12):

@@ -189,6 +189,7 @@ class Runner:
                 await self._settle_down()
             await self._intake.close()
             if lost is not None and not self._stopped():
+                self._suspects.link_lost()
                 if self._loop.time() - started > STEADY:
                     pause = FIRST_PAUSE
                 elif self._runs > runs:

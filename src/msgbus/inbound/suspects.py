@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgbus.contract.adapter import Received
 from msgbus.contract.envelope import Priority
@@ -16,6 +18,9 @@ CALM = 3
 SILENCE = 60
 """Receives without a message, of half a second each, after which nothing is expected any more from where a suspect came: a peer has it.
 Not one: a new receiver may have to wait for its shards."""
+DOUBT = 120.0
+"""Seconds after a lost link in which a process believes no count: to the broker each lost link of it or its peers may look like a death.
+One that is really killed loses no link before, and who comes after it starts without a doubt."""
 REMEMBERED = 10_000
 """Messages whose first count of crashes a process remembers."""
 
@@ -23,21 +28,28 @@ REMEMBERED = 10_000
 class Suspects:
     """Of one subscription in one process. Pure bookkeeping."""
 
-    __slots__ = ("_first_counts", "_levels", "quarantine")
+    __slots__ = ("_clock", "_doubts_until", "_first_counts", "_levels", "quarantine")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._doubts_until = -math.inf
         self.quarantine = False
         """One at a time: only so is a death the fault of one message."""
         self._levels: set[Priority] = set()
         """Where suspects came from."""
         self._first_counts: OrderedDict[str, int] = OrderedDict()
 
+    def link_lost(self) -> None:
+        """The link broke, and this process lives."""
+        self._doubts_until = self._clock() + DOUBT
+
     def deaths(self, received: Received) -> int:
-        """Deaths of processes that held it: the broker's count at this process's first sight of it. The rest are our own lost links."""
+        """Deaths of processes that held it: the broker's count at this process's first sight of it, if it had no doubts then. The rest
+        are lost links, ours or others'."""
         if not received.crashes:
             return 0
         seen = self._first_counts
-        first = seen.setdefault(received.envelope.id, received.crashes)
+        first = seen.setdefault(received.envelope.id, 0 if self._clock() < self._doubts_until else received.crashes)
         if len(seen) > REMEMBERED:
             seen.popitem(last=False)
         return first

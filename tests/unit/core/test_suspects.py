@@ -8,7 +8,7 @@ from typing import cast
 from msgbus.contract.adapter import Received, Receiver, Tenure
 from msgbus.contract.envelope import Envelope, Priority, new_id
 from msgbus.inbound.job import Job, Source
-from msgbus.inbound.suspects import CALM, SILENCE, SUSPECT, Suspects
+from msgbus.inbound.suspects import CALM, DOUBT, SILENCE, SUSPECT, Suspects
 
 
 def opened(level: Priority = "normal") -> Source:
@@ -58,3 +58,17 @@ def test_a_level_that_had_no_suspects_is_not_waited_for() -> None:
     assert not suspects.turn(sources[1], sources, [])
     assert not suspects.turn(sources[0], sources, [message(SUSPECT)])
     assert suspects.turn(sources[0], sources, [])
+
+
+def test_who_lost_its_link_believes_in_no_deaths_for_a_while() -> None:
+    """Its peers' lost links are in the count of a message that it sees for the first time. Later, and in a new process, a count counts."""
+    now = 0.0
+    suspects = Suspects(lambda: now)
+    early, late = message(9), message(9)
+    suspects.link_lost()
+    now = DOUBT - 1
+    assert suspects.deaths(early) == 0
+    now = DOUBT + 1
+    assert suspects.deaths(early) == 0
+    assert suspects.deaths(late) == 9
+    assert Suspects().deaths(early) == 9

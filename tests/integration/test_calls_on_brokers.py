@@ -14,11 +14,13 @@ from tests.unit.test_calls import MESSAGES, MOST_CLASSES, MOST_IN, MOST_OUT, Cal
 
 from msgbus import Bus, Topic
 
-pytestmark = [
-    pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.broker(name)) for name in ("redis", "kafka")]),
-    pytest.mark.parametrize("key", [None, "id"], ids=["unkeyed", "keyed"]),
-    pytest.mark.timeout(180),
-]
+pytestmark = [pytest.mark.parametrize("key", [None, "id"], ids=["unkeyed", "keyed"]), pytest.mark.timeout(180)]
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.broker(name)) for name in names])
+
+
 CALLERS = 256
 
 
@@ -26,6 +28,7 @@ def fresh_topic(key: str | None) -> Topic[Order]:
     return Topic(f"calls-{uuid.uuid4().hex}", Order, key=key)
 
 
+@on("redis", "rabbitmq", "kafka")
 async def test_the_way_out(name: str, key: str | None, running: Server) -> None:
     """Publishing a message calls at most 12 functions of ours, of at most 6 classes."""
     topic, calls = fresh_topic(key), Calls()
@@ -44,6 +47,7 @@ async def test_the_way_out(name: str, key: str | None, running: Server) -> None:
     assert len(calls.on_the_path()) <= MOST_CLASSES, f"{name}: {calls}"
 
 
+@on("redis", "kafka")  # RabbitMQ gives as few at a time as its speed allows: what is once a batch counts differently on each machine
 async def test_the_way_in(name: str, key: str | None, running: Server) -> None:
     """Handling a message, from receive to ack, with the default middleware, calls at most 20 functions of ours, of at most 6 classes."""
     topic, calls = fresh_topic(key), Calls()
@@ -60,6 +64,8 @@ async def test_the_way_in(name: str, key: str | None, running: Server) -> None:
             done.set()
 
     async with bus:
+        async with bus.consumer(topic, group="shop"):
+            pass  # the group is there first: its backlog need not be moved to it
         await bus.publish_many(topic, map(order, range(MESSAGES)))
     async with asyncio.timeout(150), bus.running():
         await begun.wait()  # a group's first message may take seconds to come

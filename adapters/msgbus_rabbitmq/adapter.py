@@ -7,24 +7,14 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import ClassVar, Self, cast
 
-from msgbus.contract.adapter import (
-    Adapter,
-    AdapterSettings,
-    Capability,
-    Depth,
-    Limits,
-    Receiver,
-    ReceiverSpec,
-    SendOutcome,
-    TopicSpec,
-)
+from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Depth, Limits, Receiver, ReceiverSpec, SendOutcome, TopicSpec
 from msgbus.contract.address import DEAD_GROUP
 from msgbus.contract.envelope import Envelope
-from msgbus.errors import BrokerUnavailable, UnsupportedFeature
+from msgbus.errors import BrokerUnavailable, NotFound, UnsupportedFeature
+from msgbus_rabbitmq import names
 from msgbus_rabbitmq.export import Notebook
 from msgbus_rabbitmq.keyed import KeyedReceiver
 from msgbus_rabbitmq.link import Asking, Link
-from msgbus_rabbitmq.names import LONGEST_DELAY
 from msgbus_rabbitmq.receiver import PrivateReceiver, RabbitReceiver, Terms
 from msgbus_rabbitmq.sender import Sender
 from msgbus_rabbitmq.topology import Topology
@@ -46,7 +36,6 @@ class Connected:
         self.topology = Topology(self.ask, asking, settings)
         self.sender = Sender(publishing, place.max_body, self.topology.layout, self.topology.make_delays)
         self.receivers: set[RabbitReceiver] = set()
-        self.taken: set[str] = set()
 
     async def close(self) -> None:
         """Receivers, then connections."""
@@ -84,7 +73,7 @@ class RabbitAdapter(Adapter):
     @property
     def limits(self) -> Limits:
         """310 days of delay; un-settled as long as the broker's `consumer_timeout` says."""
-        return Limits(body=self._place.max_body, delay=LONGEST_DELAY, unsettled=self._place.consumer_timeout)
+        return Limits(body=self._place.max_body, delay=names.LONGEST_DELAY, unsettled=self._place.consumer_timeout)
 
     # ------------------------------------------------------------ opening and closing
 
@@ -130,12 +119,11 @@ class RabbitAdapter(Adapter):
     async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec], *, create: bool = True) -> None:
         """As the contract says. A topic that stands without a key cannot take one."""
         connected = self._open
-        named = {spec.name for spec in topics}
-        others = {receiver.topic: TopicSpec(receiver.topic) for receiver in receivers if receiver.topic not in named}
-        layouts = {spec.name: await connected.topology.declare_topic(spec, create) for spec in (*topics, *others.values())}
+        specs = {receiver.topic: TopicSpec(receiver.topic) for receiver in receivers} | {spec.name: spec for spec in topics}
+        layouts = {name: await connected.topology.declare_topic(spec, create) for name, spec in specs.items()}
+        connected.sender.layouts.update(layouts)
         for layout in layouts.values():
-            connected.sender.know(layout)
-            if layout.dead:
+            if layout.kind == "dead":
                 await connected.topology.declare_group(layout, DEAD_GROUP, "earliest", create)
         for receiver in receivers:
             if receiver.group is not None:
@@ -174,8 +162,8 @@ class RabbitAdapter(Adapter):
         if spec.group is None:
             await connected.topology.keep_for_the_first(spec.topic)
         kind = PrivateReceiver if spec.group is None else KeyedReceiver if layout.shards else RabbitReceiver
-        modern, done = self._version >= MODERN, connected.receivers.discard
-        receiver = kind(Terms(connected.consuming, connected.ask_consuming, layout, spec, modern, connected.taken, done))
+        terms = Terms(connected.consuming, connected.ask_consuming, layout, self._version >= MODERN, connected.receivers.discard)
+        receiver = kind(terms, spec)
         connected.receivers.add(receiver)
         try:
             await receiver.open()
@@ -188,20 +176,18 @@ class RabbitAdapter(Adapter):
 
     async def explain(self) -> Mapping[str, str]:
         """Facts of this broker."""
-        connected = self._open
-        await self.ping()
-        version = ".".join(map(str, self._version))
+        version, place = ".".join(map(str, self._version)), self._place
+        lost = await self._open.topology.count(names.LOST)
         facts = {
-            "broker": f"RabbitMQ {version} at {self._place.shown}",
-            "durability": "quorum queues: a confirm means written by a majority of a queue's nodes; on one node, on its disk",
-            "body": f"at most {self._place.max_body} bytes",
-            "un-settled": f"a message comes again after {self._place.consumer_timeout:g} s (option consumer_timeout, as the broker has it)",
+            "broker": f"RabbitMQ {version} at {place.shown}",
+            "durability": "quorum queues: a confirm means on the disks of a majority of a queue's nodes",
+            "body": f"at most {place.max_body} bytes",
+            "un-settled": f"a message comes again after {place.consumer_timeout:g} s (option consumer_timeout, as the broker has it)",
         }
         if self._version < MODERN:
             facts["before 4.3"] = "deaths of processes are not counted; a shard changes hands only when its consumer ends"
-        lost = await connected.topology.count("msgbus.delay.lost")
         if lost:
-            facts["lost delays"] = f"{lost} messages in msgbus.delay.lost were due for a group that is gone"
+            facts["lost delays"] = f"{lost} messages in {names.LOST} were due for a group that is gone"
         return facts
 
     async def depth(self, topic: str, group: str) -> Depth:
@@ -231,6 +217,8 @@ class RabbitAdapter(Adapter):
 
     async def drop_group(self, topic: str, group: str) -> bool:
         """Its receivers learn of it at once. What is delayed for it goes to `msgbus.delay.lost` when it is due."""
-        connected = self._open
-        connected.sender.forget(topic)
-        return await connected.topology.drop_group(topic, group)
+        try:
+            await self._open.topology.drop_group(topic, group)
+        except NotFound:
+            return False
+        return True

@@ -17,11 +17,11 @@ from itertools import count
 
 from aiormq.abc import DeliveredMessage
 
+from msgbus.contract.adapter import ReceiverSpec
 from msgbus.errors import BrokerUnavailable, MsgbusError
 from msgbus_rabbitmq import names
 from msgbus_rabbitmq.errors import is_locked
-from msgbus_rabbitmq.hold import Hold
-from msgbus_rabbitmq.receiver import RabbitReceiver, Terms, number_of
+from msgbus_rabbitmq.receiver import Hold, RabbitReceiver, Terms, number_of
 
 log = logging.getLogger("msgbus.rabbitmq")
 
@@ -36,19 +36,18 @@ class KeyedReceiver(RabbitReceiver):
 
     lends = False
 
-    def __init__(self, terms: Terms) -> None:
-        super().__init__(terms)
-        self._crowd = names.member(self.spec.topic, self.spec.group or "")
-        self._number: int | None = None
+    def __init__(self, terms: Terms, spec: ReceiverSpec) -> None:
+        super().__init__(terms, spec)
+        self._crowd = names.member(spec.topic, spec.group or "")
+        self._number = 0
+        self._holds_number: str | None = None
         self._shares: set[int] = set()
-        self._work: asyncio.Task[None] | None = None
         self._one: asyncio.Event | None = None
-        self._stale = 0
 
     async def open(self) -> None:
         """Consumes all shards; in quarantine one after the other."""
         if self.spec.quarantine:
-            self._work = asyncio.create_task(self._one_by_one(), name="msgbus rabbitmq quarantine")
+            self.work = asyncio.create_task(self._one_by_one(), name="msgbus rabbitmq quarantine")
             return
         await self.hold.open(self.terms.link)
         if self.terms.modern:
@@ -57,9 +56,9 @@ class KeyedReceiver(RabbitReceiver):
                 await channel.queue_declare(self._crowd, durable=True, auto_delete=True)
             await self.hold.consume(self._crowd)
             self._shares = await self._share()
-        self._tags = [await self.hold.consume(queue, self._priority(shard)) for shard, queue in enumerate(await self.queues())]
+        self.tags = [await self.hold.consume(queue, self._priority(shard)) for shard, queue in enumerate(await self.queues())]
         if self.terms.modern:
-            self._work = asyncio.create_task(self._take_part(), name="msgbus rabbitmq shares")
+            self.work = asyncio.create_task(self._take_part(), name="msgbus rabbitmq shares")
 
     def _priority(self, shard: int) -> int | None:
         return None if not self.terms.modern else time.time_ns() // 1_000_000 if shard in self._shares else 0
@@ -74,74 +73,50 @@ class KeyedReceiver(RabbitReceiver):
         that a standby is given at once (C10)."""
         self.stop()
 
-    async def end(self) -> None:
-        """Its number is free when its messages are."""
-        if self._work is not None:
-            self._work.cancel()
-            await asyncio.wait([self._work])
-        await self.hold.close()
-        with suppress(MsgbusError):
-            await self._give_up_number()
-
-    @property
-    def stale_acks(self) -> int:  # type: ignore[override]  # counted where the channels are
-        """Those of all channels."""
-        return self._stale + self.hold.stale
-
     # ------------------------------------------------------------ who has what
 
-    def _name(self, number: int) -> str:
-        return names.member(self.spec.topic, self.spec.group or "", number)
-
     async def _take_number(self, numbers: Iterable[int]) -> None:
-        """The first that is free. A connection may declare its own exclusive queues again: hence `taken`."""
+        """The first that is free: a queue of this connection's, without a consumer of this process. It ends with ours."""
         for number in numbers:
-            name = self._name(number)
-            if name not in self.terms.taken:
-                try:
-                    async with self.terms.ask(f"queue {name!r}") as channel:
-                        await channel.queue_declare(name, exclusive=True)
-                except BrokerUnavailable as error:
-                    if not is_locked(error):
-                        raise
-                else:
-                    await self._give_up_number()
-                    self.terms.taken.add(name)
-                    self._number = number
-                    return
-
-    async def _give_up_number(self) -> None:
-        if self._number is not None:
-            name, self._number = self._name(self._number), None
-            self.terms.taken.discard(name)
-            if self.lost is None:
+            name = names.member(self.spec.topic, self.spec.group or "", number)
+            try:
                 async with self.terms.ask(f"queue {name!r}") as channel:
-                    await channel.queue_delete(name)
+                    taken = (await channel.queue_declare(name, exclusive=True, auto_delete=True)).consumer_count
+            except BrokerUnavailable as error:
+                if not is_locked(error):
+                    raise
+                taken = 1
+            if not taken:
+                before, self._holds_number = self._holds_number, await self.hold.consume(name)
+                self._number = number
+                if before is not None:
+                    await self.hold.cancel(before)
+                return
 
     async def _share(self) -> set[int]:
         """The shards that this member should have."""
         async with self.terms.ask(f"queue {self._crowd!r}") as channel:
             members = max((await channel.queue_declare(self._crowd, passive=True)).consumer_count or 0, 1)
-        number = self._number or 0
-        if number >= members:  # one before it has left
-            await self._take_number(range(number))
-        return {shard for shard in range(self.terms.layout.shards) if shard % members == (self._number or 0) % members}
+        if self._number >= members:  # one before it has left
+            await self._take_number(range(self._number))
+        return {shard for shard in range(self.terms.layout.shards) if shard % members == self._number % members}
 
     async def _take_part(self) -> None:
-        """Claims what this member should have, as members come and go."""
         while self.lost is None:
             await asyncio.sleep(TICK)
             try:
-                share = await self._share()
-                claims, self._shares = share - self._shares, share
-                for shard in claims:
-                    before, queue = self._tags[shard], (await self.queues())[shard]
-                    self._tags[shard] = await self.hold.consume(queue, self._priority(shard))
-                    await self.hold.cancel(
-                        before
-                    )  # only now: were it the active one, a standby would be given what comes after its messages
+                await self.turn(self._claim())
             except MsgbusError as error:
                 log.debug("shares of %s: %s", self.spec.topic, error)
+
+    async def _claim(self) -> None:
+        """What this member should have and has not, as members come and go."""
+        share = await self._share()
+        claims, self._shares = share - self._shares, share
+        queues = await self.queues()
+        for shard in claims:
+            before, self.tags[shard] = self.tags[shard], await self.hold.consume(queues[shard], self._priority(shard))
+            await self.hold.cancel(before)  # only now: were it the active one, a standby would be given what comes after its messages
 
     # ------------------------------------------------------------ quarantine
 
@@ -163,8 +138,7 @@ class KeyedReceiver(RabbitReceiver):
 
     async def _take_one(self, queue: str) -> bool:
         """Whether one came; returns when it is settled."""
-        self._stale += self.hold.stale
-        self.hold, self._one = self.new_hold(), asyncio.Event()
+        self.hold, self._one = Hold(self), asyncio.Event()
         await self.hold.open(self.terms.link)
         await self.hold.consume(queue)
         with suppress(TimeoutError):

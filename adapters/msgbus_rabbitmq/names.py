@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from pamqp.common import FieldTable
 
@@ -26,58 +27,60 @@ LOST = "msgbus.delay.lost"
 QUORUM: FieldTable = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
 """Arguments of every queue that keeps something. At the limit a message is destroyed, unset is 20 and -1 is 1 on some versions (R14)."""
 
-_LAYOUT = re.compile(r"msgbus\.(?:(plain|levels|dead)|p([1-9][0-9]*))")
+_KINDS = re.compile(r"msgbus\.(plain|levels|dead|p[1-9][0-9]*)")
+_FALLING: FieldTable = {**QUORUM, "x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+"""Of the levels. Only so does nothing get lost on the way down (a classic queue lost 4,000 of 4,000 when the broker was killed)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
-    """Which parts a topic has. `shards` 0: it is not keyed."""
+    """Which parts a topic has. `kind`: "plain", "levels" (priorities), "dead", or "p8": as many shards."""
 
     topic: str
-    shards: int = 0
-    priorities: bool = False
-    dead: bool = False
+    kind: str
 
     @classmethod
     def of(cls, spec: TopicSpec, shards: int) -> Layout:
-        """Of a topic that is new. `shards`: how many a keyed one gets that does not say."""
-        keyed = spec.shards or (shards if spec.keyed else 0)
-        return cls(spec.name, keyed if spec.keyed or keyed > 1 else 0, spec.priorities, spec.kind == "dead")
-
-    @property
-    def text(self) -> str:
-        """As it is stored at the broker, and read by `parse`."""
-        return f"msgbus.p{self.shards}" if self.shards else f"msgbus.{self.kind}"
-
-    @property
-    def kind(self) -> str:
-        """One word for people."""
-        return "dead" if self.dead else "levels" if self.priorities else "keyed" if self.shards else "plain"
+        """What a spec asks for. `shards`: how many a keyed topic gets that does not say."""
+        number = spec.shards or (shards if spec.keyed else 1)
+        keyed = f"p{number}" if spec.keyed or number > 1 else "plain"
+        return cls(spec.name, "dead" if spec.kind == "dead" else "levels" if spec.priorities else keyed)
 
     @classmethod
     def parse(cls, topic: str, text: str) -> Layout | None:
-        """None: nobody's layout of ours."""
-        found = _LAYOUT.fullmatch(text)
-        if found is None:
-            return None
-        return cls(topic, int(found[2] or 0), found[1] == "levels", found[1] == "dead")
+        """From `text`; None: nobody's layout of ours."""
+        found = _KINDS.fullmatch(text)
+        return cls(topic, found[1]) if found is not None else None
 
     @property
-    def parts(self) -> list[str]:
-        """All of them."""
-        if self.shards:
-            return [f"p{shard}" for shard in range(self.shards)]
-        return list(PRIORITIES) if self.priorities else ["normal"]
+    def text(self) -> str:
+        """As it is stored at the broker."""
+        return f"msgbus.{self.kind}"
 
-    def parts_of(self, level: Priority) -> list[str]:
+    @property
+    def said(self) -> str:
+        """For people."""
+        return f"{self.shards} shards" if self.shards else f"kind {self.kind!r}"
+
+    @cached_property
+    def shards(self) -> int:
+        """0: it is not keyed."""
+        return int(self.kind[1:]) if self.kind[1:].isdigit() else 0
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """All of them."""
+        return PRIORITIES if self.kind == "levels" else tuple(f"p{shard}" for shard in range(self.shards)) or ("normal",)
+
+    def parts_of(self, level: Priority) -> tuple[str, ...]:
         """Those that a receiver of this level takes."""
-        return [level] if self.priorities else self.parts
+        return (level,) if self.kind == "levels" else self.parts
 
     def part_of(self, envelope: Envelope) -> str:
         """Where a message goes."""
         if self.shards:
             return f"p{shard_of(envelope.key, self.shards)}"
-        return envelope.priority if self.priorities else "normal"
+        return envelope.priority if self.kind == "levels" else "normal"
 
     def queue(self, group: str, part: str) -> str:
         """Of a group."""
@@ -89,13 +92,13 @@ class Layout:
 
     def arguments(self, dead_letter_retention: float | None) -> FieldTable:
         """Of a group's queues."""
-        if self.dead and dead_letter_retention is not None:
+        if self.kind == "dead" and dead_letter_retention is not None:
             return {**QUORUM, "x-message-ttl": milliseconds(dead_letter_retention)}
-        return {**QUORUM, "x-single-active-consumer": True} if self.shards else dict(QUORUM)
+        return {**QUORUM, "x-single-active-consumer": True} if self.shards else QUORUM
 
     def pattern(self, part: str) -> str:
         """What binds a queue to the topic: from the left may stand the bits of a delay; a sole part takes whatever others publish."""
-        return f"#.{part}" if self.shards or self.priorities else "#"
+        return f"#.{part}" if len(self.parts) > 1 or self.shards else "#"
 
 
 def milliseconds(seconds: float) -> int:
@@ -155,11 +158,5 @@ def level(number: int) -> str:
 
 
 def level_arguments(number: int) -> FieldTable:
-    """Only so does nothing get lost on the way down (a classic queue lost 4,000 of 4,000 when the broker was killed)."""
-    return {
-        **QUORUM,
-        "x-message-ttl": round(2**number * TICK * 1000),
-        "x-dead-letter-exchange": level(number - 1),
-        "x-dead-letter-strategy": "at-least-once",
-        "x-overflow": "reject-publish",
-    }
+    """Of a level's queue."""
+    return {**_FALLING, "x-message-ttl": round(2**number * TICK * 1000), "x-dead-letter-exchange": level(number - 1)}

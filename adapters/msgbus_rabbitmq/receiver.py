@@ -9,31 +9,143 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from aiormq import Channel, spec
+from aiormq import exceptions as client
 from aiormq.abc import DeliveredMessage
 
-from msgbus.contract.adapter import Received, Receiver, ReceiverSpec
+from msgbus.contract.adapter import Received, Receiver, ReceiverSpec, Tenure
 from msgbus.errors import BrokerError, BrokerUnavailable
-from msgbus_rabbitmq import names
-from msgbus_rabbitmq.hold import Hold
-from msgbus_rabbitmq.link import Asking, Link
-from msgbus_rabbitmq.names import Layout
+from msgbus_rabbitmq.errors import calling
+from msgbus_rabbitmq.link import CLOSE, Asking, Link
+from msgbus_rabbitmq.names import Layout, exchange
 from msgbus_rabbitmq.wire import envelope_of
 
 IDLE = 0.5
 """Seconds without a `receive` after which what is buffered goes back: the core asks again within as many."""
 
 
+class Hold:
+    """One channel's deliveries, from its opening to its end. What is settled goes out in batches, in the right order.
+
+    A tag belongs to its channel: after its end a word about it is moot (R2).
+    """
+
+    def __init__(self, receiver: RabbitReceiver) -> None:
+        self.tenure = Tenure()
+        self.unsettled: dict[int, None] = {}  # in the order of the tags
+        self.idle = asyncio.Event()
+        self._receiver = receiver
+        self._over = True  # until it is open; the core writes into tenures too
+        self._channel: Channel
+        self._acked: list[int] = []
+        self._returned: list[int] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    async def open(self, link: Link) -> None:
+        """Each consumer gets a prefetch of the window."""
+        self._channel = channel = await link.channel()
+        channel.on_consumer_cancel_callbacks.add(self._on_cancel)
+        channel.closing.add_done_callback(self._on_close)  # pyright: ignore[reportUnknownMemberType]  # aiormq does not say of what
+        async with calling("consuming"):
+            await channel.basic_qos(prefetch_count=self._receiver.spec.window)
+        self._over = False
+
+    async def consume(self, queue: str, priority: int | None = None) -> str:
+        """The consumer's tag, new each time: one that the broker has cancelled may still be taken (R12)."""
+        async with calling(f"consuming {queue!r}"):
+            arguments = None if priority is None else {"x-priority": priority}
+            return (await self._channel.basic_consume(queue, self._on_message, arguments=arguments)).consumer_tag or ""  # type: ignore[arg-type]  # a field table
+
+    async def cancel(self, tag: str) -> None:
+        """When it returns, all that came by this consumer has been delivered."""
+        if not self._over:
+            async with calling("cancelling a consumer"):
+                await self._channel.basic_cancel(tag)
+
+    async def _on_message(self, message: DeliveredMessage) -> None:
+        """Only notes it: what the client runs here it cancels when the link is lost (R1)."""
+        if not self._over:
+            self.unsettled[message.delivery_tag or 0] = None
+            self._receiver.on_delivery(self, message)
+
+    async def _on_cancel(self, frame: spec.Basic.Cancel) -> None:
+        self._end("the broker cancelled the consumer: its queue is gone, or its consumer_timeout is over")
+
+    def _on_close(self, _: object) -> None:
+        self._end("the link to the broker, or the channel, was lost")
+
+    def _end(self, why: str) -> None:
+        if not self._over:
+            self._over = self.tenure.lost = True
+            self._receiver.stale_acks += len(self._acked)
+            self.idle.set()
+            self._receiver.on_lost(why)
+
+    def ack(self, tag: int) -> bool:
+        """False: it was settled before."""
+        if tag not in self.unsettled:
+            return False
+        del self.unsettled[tag]
+        if self._over:
+            self._receiver.stale_acks += 1
+        else:
+            self._acked.append(tag)
+            _ = self._write_soon()
+        return True
+
+    async def give_back(self, tag: int) -> None:
+        """When it returns, the broker will have it before any later word. Twice is once."""
+        if tag in self.unsettled:
+            del self.unsettled[tag]
+            if not self._over:
+                self._returned.append(tag)
+                await asyncio.shield(self._write_soon())
+
+    def _write_soon(self) -> asyncio.Task[None]:
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(self._write(), name="msgbus rabbitmq settling")
+        return self._writing
+
+    async def _write(self) -> None:
+        """One ack for all up to the lowest un-settled one, and one each above it (M14), none for what is settled: that would end the
+        channel. What is given back goes first: the ack for all must not be for it. Waits for no drain of the socket."""
+        while (self._acked or self._returned) and not self._over:
+            returned, self._returned = self._returned, []
+            acked, self._acked = self._acked, []
+            lowest = next(iter(self.unsettled), None)
+            up_to = max((tag for tag in acked if lowest is None or tag < lowest), default=0)
+            try:
+                for tag in returned:
+                    await self._channel.basic_nack(tag, wait=False)
+                for tag in [up_to] * bool(up_to) + [tag for tag in acked if tag > up_to]:
+                    await self._channel.basic_ack(tag, multiple=tag == up_to, wait=False)
+            except (client.AMQPError, client.ChannelInvalidStateError):
+                self._acked += acked  # too late, all of them
+                self._end("the channel was closed")
+        if not self.unsettled:
+            self.idle.set()
+
+    async def close(self) -> None:
+        """Tells what is settled, gives the rest back in order, and closes the channel. Bounded."""
+        with suppress(BrokerError):
+            async with calling("closing a channel", CLOSE):
+                await self._write_soon()
+                if not self._over:
+                    self._over = True
+                    await self._channel.basic_nack(0, multiple=True, wait=False)
+                    await self._channel.close()
+        self._over = self.tenure.lost = True
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What a receiver works with. `ask` is of the same connection as its own channels; `modern`: RabbitMQ 4.3, which counts deaths and
-    nothing else; `taken`: the members' numbers that this process has; `closed` is told the end."""
+    nothing else; `closed` is told the end."""
 
     link: Link
     ask: Asking
     layout: Layout
-    spec: ReceiverSpec
     modern: bool
-    taken: set[str]
     closed: Callable[[RabbitReceiver], None]
 
 
@@ -41,59 +153,48 @@ class RabbitReceiver(Receiver):
     """Of a group without order."""
 
     lends = True
-    """Whether what nobody asks for goes back after a while."""
+    """Whether what nobody asks for goes back after a while (a breaker is open, a subscription is paused, a pull side rests)."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, spec: ReceiverSpec) -> None:
         self.terms = terms
-        self.spec = terms.spec
-        self.hold = self.new_hold()
+        self.spec = spec
+        self.hold = Hold(self)
         self.draining = False
         self.lost: str | None = None
-        self._buffer: deque[tuple[Hold, DeliveredMessage]] = deque()
         self.changed = asyncio.Event()
-        self._closing = asyncio.Lock()
-        self._closed = False
-        self._tags: list[str] = []
+        self.tags: list[str] = []
+        self._queues: list[str] = []
+        self.work: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._asking = False
+        self._buffer: deque[tuple[Hold, DeliveredMessage]] = deque()
+        self._closing, self._consuming = asyncio.Lock(), asyncio.Lock()
+        self._closed = self._asking = False
         self._left = 0.0
-        self._timer: asyncio.TimerHandle | None = None
         self._turning: asyncio.Task[None] | None = None
-
-    def new_hold(self) -> Hold:
-        """One that delivers here."""
-        return Hold(self.spec.window, self.on_delivery, self.on_lost)
 
     async def open(self) -> None:
         """Consumes. Raises `BrokerUnavailable`, also where there is no such queue."""
         self._queues = await self.queues()
         await self.hold.open(self.terms.link)
         await self._consume()
-
-    async def _consume(self) -> None:
-        self._tags = [await self.hold.consume(queue) for queue in self._queues]
+        if self.lends:
+            self.work = self._loop.create_task(self._watch(), name="msgbus rabbitmq watching")
 
     async def queues(self) -> list[str]:
         """Those that it consumes."""
         layout = self.terms.layout
         return [layout.queue(self.spec.group or "", part) for part in layout.parts_of(self.spec.priority)]
 
-    # ------------------------------------------------------------ the contract
-
     async def receive(self, limit: int, timeout: float) -> list[Received]:
         """From the buffer; waits where it is empty."""
         self._asking = True
         try:
-            if self._turning is not None:
-                await asyncio.shield(self._turning)
-                if not self._tags and not self.draining:
-                    await self._turn(self._consume())
-                self._turning = None
+            if self.lends and not self.tags and not self.draining:  # it was let go
+                await self.turn(self._consume())
             return await self._receive(limit, self._loop.time() + timeout)
         finally:
             self._asking = False
             self._left = self._loop.time()
-            self._look_later()
 
     async def _receive(self, limit: int, deadline: float) -> list[Received]:
         while True:
@@ -127,38 +228,31 @@ class RabbitReceiver(Receiver):
         """Cancels the consumers, then gives back what was buffered."""
         if not self.draining:
             self.stop()
-            await self._turn(self._let_go())
+            await self.turn(self._let_go())
 
     async def close(self) -> None:
-        """Whoever closes it first does; others wait for that."""
+        """Whoever closes it first does; others wait for that. All that is left goes back at once, and so in order."""
         async with self._closing:
             if not self._closed:
                 self._closed = True
                 self.stop()
-                if self._timer is not None:
-                    self._timer.cancel()
-                if self._turning is not None:
-                    await asyncio.wait([self._turning])
-                await self.end()
+                if self.work is not None:
+                    self.work.cancel()
+                await asyncio.gather(*(task for task in (self.work, self._turning) if task is not None), return_exceptions=True)
+                if self.lends:
+                    with suppress(BrokerError):  # what is lost is given back already
+                        await self._cancel()
+                await self.hold.close()
                 self.terms.closed(self)
 
-    @property
-    def stale_acks(self) -> int:  # type: ignore[override]  # counted where the channel is
-        """Those of all channels."""
-        return self.hold.stale
-
-    # ------------------------------------------------------------ inside
-
-    def _turn(self, work: Coroutine[object, object, None]) -> asyncio.Future[None]:
+    def turn(self, work: Coroutine[object, object, None]) -> asyncio.Future[None]:
         """A call that is cut off ends its channel, and what is un-settled counts as a death: so our caller's end is not its end."""
-        before = self._turning
 
-        async def one_after_the_other() -> None:
-            if before is not None:
-                await asyncio.wait([before])
-            await work
+        async def one_at_a_time() -> None:
+            async with self._consuming:
+                await work
 
-        self._turning = self._loop.create_task(one_after_the_other(), name="msgbus rabbitmq consuming")
+        self._turning = self._loop.create_task(one_at_a_time(), name="msgbus rabbitmq consuming")
         return asyncio.shield(self._turning)
 
     def stop(self) -> None:
@@ -166,14 +260,12 @@ class RabbitReceiver(Receiver):
         self.draining = True
         self.changed.set()
 
-    async def end(self) -> None:
-        """The last of `close`: all that is left goes back at once, and so in order."""
-        with suppress(BrokerError):  # what is lost is given back already
-            await self._cancel()
-        await self.hold.close()
+    async def _consume(self) -> None:
+        if not self.tags:
+            self.tags = [await self.hold.consume(queue) for queue in self._queues]
 
     async def _cancel(self) -> None:
-        tags, self._tags = self._tags, []
+        tags, self.tags = self.tags, []
         for tag in tags:
             await self.hold.cancel(tag)
 
@@ -184,27 +276,20 @@ class RabbitReceiver(Receiver):
             hold, message = self._buffer.popleft()
             await hold.give_back(message.delivery_tag or 0)
 
-    def _look_later(self) -> None:
-        if self.lends and self._buffer and self._timer is None and not self.draining:
-            self._timer = self._loop.call_later(IDLE, self._look)
-
-    def _look(self) -> None:
-        """Whoever does not ask (its breaker is open, it is paused, a pull side that rests) keeps nothing from its peers."""
-        self._timer = None
-        if self._loop.time() - self._left < IDLE or self._asking:
-            self._look_later()
-        elif self._buffer and self._turning is None and self.lost is None and not self.draining:
-            _ = self._turn(self._let_go())
+    async def _watch(self) -> None:
+        while self.lost is None:
+            await asyncio.sleep(IDLE)
+            if self._buffer and not self._asking and self._loop.time() - self._left >= IDLE:
+                with suppress(BrokerError):
+                    await self.turn(self._let_go())
 
     def on_delivery(self, hold: Hold, message: DeliveredMessage) -> None:
         """Called by the hold."""
         self._buffer.append((hold, message))
         self.changed.set()
-        if not self._asking:
-            self._look_later()
 
     def on_lost(self, why: str) -> None:
-        """Called by the hold."""
+        """Called by the hold when the channel, or a consumer, ends without us."""
         self.lost = self.lost or why
         self.changed.set()
 
@@ -222,7 +307,7 @@ class RabbitReceiver(Receiver):
 
 def number_of(headers: Mapping[str, object], name: str) -> int:
     """A header of the broker's."""
-    value = headers.get(name, 0)
+    value = headers.get(name)
     return value if isinstance(value, int) else 0
 
 
@@ -236,7 +321,17 @@ class PrivateReceiver(RabbitReceiver):
         layout = self.terms.layout
         name = f"{layout.topic}:private.{os.urandom(8).hex()}"
         async with self.terms.ask(f"a private queue of {layout.topic!r}") as channel:
-            await channel.queue_declare(name, exclusive=True)
+            await channel.queue_declare(name, exclusive=True, auto_delete=True)
             for part in layout.parts_of(self.spec.priority):
-                await channel.queue_bind(name, names.exchange(layout.topic), layout.pattern(part))
+                await channel.queue_bind(name, exchange(layout.topic), layout.pattern(part))
         return [name]
+
+    async def close(self) -> None:
+        """Unbound first: what is on its way to a queue that ends is nacked, and its publisher would not know what became of it."""
+        queues, self._queues = self._queues, []
+        with suppress(BrokerError):
+            for name in queues if self.lost is None else ():
+                async with self.terms.ask(f"queue {name!r}") as channel:
+                    for part in self.terms.layout.parts_of(self.spec.priority):
+                        await channel.queue_unbind(name, exchange(self.spec.topic), self.terms.layout.pattern(part))
+        await super().close()

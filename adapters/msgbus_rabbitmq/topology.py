@@ -43,69 +43,65 @@ class Topology:
 
     # ------------------------------------------------------------ topics
 
-    async def layout(self, topic: str) -> Layout | None:
-        """How a topic stands; None where it does not."""
+    async def layout(self, topic: str, guess: str = "?") -> Layout | None:
+        """How a topic stands; None where it does not. `guess`, where it is right, spares the broker's log a refusal."""
         name, where = names.meta(topic), f"topic {topic!r}"
+        said = guess
         try:
             async with self._ask(where) as channel:
                 await channel.exchange_declare(name, passive=True)
-                await _exchange(channel, name, "direct", "?")
-        except TopologyMismatch as error:
-            found = _CURRENT.search(error.actual)
-            layout = Layout.parse(topic, found[1]) if found is not None else None
-            if layout is not None:
-                return layout
-            raise TopologyMismatch(f"{where}: exchange {name!r}", "the layout of a topic", error.actual) from error
+                await _exchange(channel, name, "direct", guess)
         except BrokerUnavailable as error:
             if is_missing(error):
                 return None
             raise
-        raise TopologyMismatch(f"{where}: exchange {name!r}", "the layout of a topic", "'?'")
+        except TopologyMismatch as error:
+            found = _CURRENT.search(error.actual)
+            said = found[1] if found is not None else error.actual
+        layout = Layout.parse(topic, said)
+        if layout is None:
+            raise TopologyMismatch(f"{where}: exchange {name!r}", "the layout of a topic", said)
+        return layout
 
     async def declare_topic(self, spec: TopicSpec, create: bool) -> Layout:
         """Raises `TopologyMismatch` where it stands otherwise, or where it is missing and must not be made."""
-        where = f"topic {spec.name!r}"
+        where, default = f"topic {spec.name!r}", max(self._settings.shards, 1)
         if spec.retain is not None:
             raise UnsupportedFeature(f"retain= of {where}", "RabbitMQ", "Kafka or Redis, which keep a topic's history")
         for option in spec.native:
             raise ConfigurationError(f"{where}: native option {option!r}: the RabbitMQ adapter knows none")
-        layout = await self.layout(spec.name)
+        layout = await self.layout(spec.name, Layout.of(spec, default).text)
         if create:
-            layout = await self._make(layout or Layout.of(spec, max(self._settings.shards, 1)), fresh=layout is None)
+            layout = await self._make(layout or Layout.of(spec, default), fresh=layout is None)
         elif layout is None:
             raise TopologyMismatch(where, "a topic", "none")
-        wanted = Layout.of(spec, layout.shards or 1)
-        if (wanted.dead, wanted.priorities) != (layout.dead, layout.priorities) or (wanted.shards and not layout.shards):
-            raise TopologyMismatch(where, f"kind {wanted.kind!r}", f"kind {layout.kind!r}")
-        if spec.shards is not None and spec.shards != max(layout.shards, 1):
-            raise TopologyMismatch(where, f"{spec.shards} shards", f"{max(layout.shards, 1)}")
+        wanted = Layout.of(spec, layout.shards or default)
+        if wanted != layout and not (wanted.kind == "plain" and layout.shards and spec.shards is None):
+            raise TopologyMismatch(where, wanted.said, layout.said)
         return layout
 
     async def _make(self, layout: Layout, fresh: bool) -> Layout:
         """All that a topic needs; its layout last, for that says that all is there."""
-        topic, kept = layout.topic, names.unclaimed(layout.topic)
+        topic, kept, dead = layout.topic, names.unclaimed(layout.topic), layout.kind == "dead"
         own, aside = names.exchange(topic), names.exchange(kept)
         async with self._ask(f"topic {topic!r}") as channel:
             # What is due for a queue that is gone is kept aside: it would stop its level of the delays for everybody.
             await _exchange(channel, names.LOST, "fanout")
-            await _queue(channel, names.LOST, names.QUORUM)
-            await channel.queue_bind(names.LOST, names.LOST)
+            await _queue(channel, names.LOST, names.QUORUM, (names.LOST, ""))
             await _exchange(channel, names.DUE, "topic", names.LOST)
-            if not layout.dead:
+            if not dead:
                 await _exchange(channel, aside, "fanout")
                 await _queue(channel, names.registry(topic), names.QUORUM)
                 if fresh:
                     ttl = names.milliseconds(self._settings.first_group_retention)
-                    await _queue(channel, kept, {**names.QUORUM, "x-message-ttl": ttl})
-                    await channel.queue_bind(kept, aside)
-            await _exchange(channel, own, "topic", None if layout.dead else aside)
+                    await _queue(channel, kept, {**names.QUORUM, "x-message-ttl": ttl}, (aside, ""))
+            await _exchange(channel, own, "topic", None if dead else aside)
             await channel.exchange_bind(own, names.DUE, f"#.{names.to_topic(topic)}")
-        if fresh:
-            try:
-                async with self._ask(f"topic {topic!r}") as channel:
-                    await _exchange(channel, names.meta(topic), "direct", layout.text)
-            except TopologyMismatch:  # another process was faster, and made it otherwise
-                return await self.layout(topic) or layout
+        try:
+            async with self._ask(f"topic {topic!r}") as channel:
+                await _exchange(channel, names.meta(topic), "direct", layout.text)
+        except TopologyMismatch:  # another process was faster, and made it otherwise
+            return await self.layout(topic) or layout
         return layout
 
     # ------------------------------------------------------------ groups
@@ -120,7 +116,7 @@ class Topology:
                 return None
             raise
 
-    async def has_group(self, layout: Layout, group: str) -> bool:
+    async def _has(self, layout: Layout, group: str) -> bool:
         """Whether it is wholly there: its queues are made in order, and deleted in the other one."""
         return await self.count(layout.queues(group)[-1]) is not None
 
@@ -131,17 +127,18 @@ class Topology:
             for queue in layout.queues(group):
                 if await self.count(queue) is None:
                     raise TopologyMismatch(f"{where}: queue {queue!r}", "a queue", "none")
-            known = layout.dead or group in await self.groups(topic)  # definitions hold no messages: its name may be missing
+            known = layout.kind == "dead" or group in await self.groups(topic)  # definitions hold no messages: its name may be missing
         else:
-            known = layout.dead or await self.has_group(layout, group)
+            known = layout.kind == "dead" or await self._has(layout, group)
         async with self._ask(where) as channel:
             if not known:
                 await _store(channel, names.registry(topic), group.encode(), amqp.Basic.Properties())
             for part, queue in zip(layout.parts, layout.queues(group), strict=True) if create else ():
-                await _queue(channel, queue, layout.arguments(self._settings.dead_letter_retention))
-                await channel.queue_bind(queue, names.exchange(topic), layout.pattern(part))
-                await channel.queue_bind(queue, names.DUE, f"#.{names.to_queue(queue)}")
-        if not layout.dead and await self.count(kept) is not None:
+                arguments = layout.arguments(self._settings.dead_letter_retention)
+                await _queue(
+                    channel, queue, arguments, (names.exchange(topic), layout.pattern(part)), (names.DUE, f"#.{names.to_queue(queue)}")
+                )
+        if layout.kind != "dead" and await self.count(kept) is not None:
             async with self._locked(topic):
                 if start == "earliest":
                     await self._move(layout, group, kept)
@@ -198,36 +195,31 @@ class Topology:
     async def groups(self, topic: str) -> list[str]:
         """Sorted; none where there is no such topic."""
         layout = await self.layout(topic)
-        if layout is None or layout.dead:
+        if layout is None or layout.kind == "dead":
             return [] if layout is None else [DEAD_GROUP]
         async with self._locked(topic):
             found = {message.body.decode() async for message in self.waiting(names.registry(topic))}
-        return sorted([group for group in found if await self.has_group(layout, group)])
-
-    async def drop_group(self, topic: str, group: str) -> bool:
-        """False: it was not."""
-        layout = await self.layout(topic)
-        if layout is None or not await self.has_group(layout, group):
-            return False
-        async with self._ask(f"group {group!r} of topic {topic!r}") as channel:
-            for queue in reversed(layout.queues(group)):
-                await channel.queue_delete(queue)
-        return True
-
-    # ------------------------------------------------------------ what waits
+        return sorted([group for group in found if await self._has(layout, group)])
 
     async def there(self, topic: str, group: str) -> Layout:
         """The layout of a topic that has this group, or `NotFound`."""
         layout = await self.layout(topic)
-        if layout is None or not await self.has_group(layout, group):
+        if layout is None or not await self._has(layout, group):
             raise NotFound(f"RabbitMQ has no group {group!r} of topic {topic!r}")
         return layout
 
+    async def drop_group(self, topic: str, group: str) -> None:
+        """Or `NotFound`."""
+        queues = (await self.there(topic, group)).queues(group)
+        async with self._ask(f"group {group!r} of topic {topic!r}") as channel:
+            for queue in reversed(queues):
+                await channel.queue_delete(queue)
+
     async def purge(self, topic: str, group: str) -> int:
-        """What is ready."""
-        layout = await self.there(topic, group)
+        """What is ready. Or `NotFound`."""
+        queues = (await self.there(topic, group)).queues(group)
         async with self._ask(f"purging {group!r} of topic {topic!r}") as channel:
-            return sum([(await channel.queue_purge(queue)).message_count or 0 for queue in layout.queues(group)])
+            return sum([(await channel.queue_purge(queue)).message_count or 0 for queue in queues])
 
     async def waiting(self, queue: str) -> AsyncGenerator[DeliveredMessage, None]:
         """What is ready in a queue, oldest first. Held while one looks, then given back uncounted, before the channel's end."""
@@ -256,8 +248,7 @@ class Topology:
                 async with self._ask(f"delays: {name!r}") as channel:
                     await _exchange(channel, name, "topic")
                     await channel.exchange_bind(names.level(number - 1), name, f"{before}0.#")
-                    await _queue(channel, name, names.level_arguments(number))
-                    await channel.queue_bind(name, name, f"{before}1.#")
+                    await _queue(channel, name, names.level_arguments(number), (name, f"{before}1.#"))
         self._delays_there = True
 
 
@@ -266,8 +257,10 @@ async def _exchange(channel: Channel, name: str, kind: str, alternate: str | Non
     await channel.exchange_declare(name, exchange_type=kind, durable=True, arguments=arguments)
 
 
-async def _queue(channel: Channel, name: str, arguments: FieldTable) -> None:
+async def _queue(channel: Channel, name: str, arguments: FieldTable, *bindings: tuple[str, str]) -> None:
     await channel.queue_declare(name, durable=True, arguments=arguments)
+    for exchange, pattern in bindings:
+        await channel.queue_bind(name, exchange, pattern)
 
 
 async def _store(channel: Channel, queue: str, body: bytes, properties: amqp.Basic.Properties) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 
 from aiormq import spec
@@ -72,35 +71,25 @@ def properties_of(envelope: Envelope, lasting: bool, now: float) -> spec.Basic.P
 
 def envelope_of(topic: str, group: str | None, body: bytes, properties: spec.Basic.Properties) -> Envelope:
     """`group`: where it came by this group's own way, past the topic's exchange."""
-    id_: str | None = None
-    key: str | None = None
-    expires_at: float | None = None
-    priority: Priority = "normal"
-    headers: dict[str, str] = {}
+    table: dict[str, object] = dict(properties.headers or {})
+    if table.pop(MOVED, None) is not None:
+        group = None
+    # Of others: their id if they have one. A made one is new at each delivery, or two messages with the same bytes would be one.
+    id_ = _text(table.pop(ID, table.pop("cloudEvents:id", properties.message_id)))
+    key = _text(table.pop(KEY)) if KEY in table else None
+    expires_at = _moment(table.pop(EXPIRES_AT, None))
+    priority = _LEVELS.get(_text(table.pop(PRIORITY, None)), "normal")
+    headers = {name: _text(value) for raw, value in table.items() if (name := _read(raw)) is not None}
     if properties.content_type:
         headers[CONTENT_TYPE] = properties.content_type
-    table: Mapping[str, object] = properties.headers or {}
-    for raw, value in table.items():
-        if raw == ID:
-            id_ = _text(value)
-        elif raw == KEY:
-            key = _text(value)
-        elif raw == EXPIRES_AT:
-            expires_at = _moment(value)
-        elif raw == MOVED:
-            group = None
-        elif raw == PRIORITY:
-            priority = _LEVELS.get(_text(value), "normal")
-        elif (name := _read(raw)) is not None:
-            headers[name] = value if isinstance(value, str) else _text(value)
-    # Of others: their id if they have one. A made one is new at each delivery, or two messages with the same bytes would be one.
-    id_ = id_ or headers.pop("ce-id", None) or properties.message_id or ""
     if not 1 <= len(id_) <= MAX_ID:
         id_ = os.urandom(16).hex()
     return Envelope(id_, topic, body, headers, key, group, priority, 0.0, expires_at)
 
 
 def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
     if isinstance(value, bytes | bytearray):
         return bytes(value).decode("utf-8", "replace")
     return "" if value is None else str(value)

@@ -236,6 +236,11 @@ class Bus(Router, Publishes):
         return tuple(self._runners)
 
     @property
+    def store(self) -> IdempotencyStore | None:
+        """What `Bus(store=...)` was given."""
+        return self._store
+
+    @property
     def given_adapter(self) -> Adapter | None:
         """The adapter that `Bus(adapter=...)` was given, if any."""
         return self._adapter

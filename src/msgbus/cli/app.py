@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from msgbus.cli import check, dead, explain, groups, run, topics
+from msgbus.cli import check, dead, explain, groups, outbox, run, topics
 
 app = typer.Typer(
     help="Runs, checks and explains a service written with msgbus, and looks after its topics, groups and dead letters.",
@@ -23,6 +23,7 @@ app.command("explain", short_help="Show what is promised, and who keeps it.")(ex
 app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
 app.add_typer(dead.app, name="dead")
+app.add_typer(outbox.app, name="outbox")
 
 
 def _show_version(wanted: bool) -> None:

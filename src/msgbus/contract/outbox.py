@@ -109,6 +109,10 @@ class TransactionalStore(IdempotencyStore):
         """
 
     @abstractmethod
+    async def close(self) -> None:
+        """Ends the connections that nobody uses, for a program that ends. It can be used again afterwards."""
+
+    @abstractmethod
     def refuses_handler(self, concurrency: int, *, is_async: bool) -> str | None:
         """Why so many handlers at once cannot have a session each; None: they can. No I/O."""
 

@@ -111,6 +111,11 @@ class SqlStore(TransactionalStore):
         await self.run(outbox.make_shards, self.tables)
         self.checked = True
 
+    async def close(self) -> None:
+        await self.engine.dispose()
+        if self._sync_engine is not None:
+            await asyncio.to_thread(self._sync_engine.dispose)
+
     async def create_tables(self) -> None:
         """Makes what is missing of the tables. Several processes at once may do so."""
         try:

@@ -10,6 +10,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypedDict, assert_type
 
 from pydantic import BaseModel, Field
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 from tenacity import retry_if_exception_type, stop_after_attempt, wait_fixed, wait_random_exponential
 
 from msgbus import (
@@ -441,6 +444,21 @@ async def pulling() -> None:
             await wider.retry(after=timedelta(seconds=5))
             await wider.retry()
             await wider.reject("never")
+
+
+async def storing(session: AsyncSession, connection: AsyncConnection, plain: Session, sync_connection: Connection) -> None:
+    for outbox in (bus.outbox(session), bus.outbox(connection)):
+        assert_type(outbox, Publishes)
+        assert_type(await outbox.publish(orders, Order(id="1", amount=1), delay=timedelta(days=400)), Receipt)
+        assert_type(await outbox.publish_many(orders, [Order(id="1", amount=1)]), int)
+    for sync_outbox in (bus.outbox(plain), bus.outbox(sync_connection)):
+        assert_type(sync_outbox, SyncPublishes)
+        assert_type(sync_outbox.publish(orders, Order(id="1", amount=1)), Receipt)
+
+
+@bus.subscribe(orders, name="in-a-transaction", publish_to=invoices)
+async def in_a_transaction(order: Order, session: AsyncSession) -> Invoice:
+    return Invoice(order_id=order.id)
 
 
 async def operating() -> None:

@@ -12,6 +12,8 @@ from datetime import timedelta
 from typing import TypedDict
 
 from pydantic import BaseModel
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from msgbus import (
     Batch,
@@ -71,6 +73,9 @@ async def publishing(context: Context, sync: SyncContext, domain: Publishes) -> 
     await bus.publish(orders, invoice)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await bus.publish(orders, {"id": "1", "amount": 1})  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await bus.publish(orders, [order])  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await bus.outbox(AsyncSession()).publish(orders, invoice)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    bus.outbox(Session()).publish(orders, invoice)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    bus.outbox("session")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await bus.publish(orders, None)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await bus.publish(urgent, order)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]
     await bus.publish(parcels, order)  # type: ignore[misc]  # pyright: ignore[reportArgumentType, reportCallIssue]

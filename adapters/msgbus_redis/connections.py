@@ -1,36 +1,36 @@
-"""Connections: one command after the other on each, every call under a deadline, nothing tried twice.
+"""Connections: many calls on the way on one, answered in turn, each under a deadline of its own, nothing tried twice.
 
 redis-py's own client would send again what had no answer (one `xadd()` call stored two entries) and hold a blocked read for a minute;
-so its `Connection` is used, which does neither. What is cancelled, or has no answer in time, costs its connection, never an answer.
+so its `Connection` is used, which does neither. Who gives up waiting leaves the answer to nobody; the connection goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
 from redis import exceptions as client
-from redis.asyncio import Connection, SSLConnection
+from redis.asyncio import Connection, RedisCluster, SSLConnection
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.crc import key_slot
 
-from msgbus.errors import BrokerError, BrokerUnavailable, ConfigurationError
-from msgbus_redis.errors import call_error
-from msgbus_redis.scripts import ALL, BY_SHA, SHA
+from msgbus.errors import BrokerUnavailable, ConfigurationError
+from msgbus_redis.errors import MOVED, call_error
+from msgbus_redis.scripts import SOURCES
 
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 5.0
-MAX_SENDS = 16
-"""Sends under way at once."""
-_FRESH = 0.05
-"""Seconds for which a connection that was just used is not looked at before it is used again."""
+STALLED = 2.0
+"""Seconds without any answer, though some are due, after which a call in vain ends its connection."""
 
 # redis-py's own packing takes a third of a publisher's time. Its stub says a tuple of one.
 _pack = cast(Callable[[tuple[Any, ...]], bytes], hiredis.pack_command)  # pyright: ignore[reportUnknownMemberType]
@@ -38,318 +38,216 @@ _pack = cast(Callable[[tuple[Any, ...]], bytes], hiredis.pack_command)  # pyrigh
 Command = Sequence[Any]  # Any: str, bytes, int or float
 Address = tuple[str, int]
 
-
-def script(source: str, keys: Sequence[str], arguments: Iterable[Any] = ()) -> Command:
-    """The command that runs a script."""
-    return ("EVALSHA", SHA[source], len(keys), *keys, *arguments)
+_SHAPES = "redis://user:password@host:6379/0 (one host), redis+sentinel://host,host/SERVICE/0, redis+cluster://host,host (no database)"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the server is, from a URL. Its repr shows no secret."""
+    """Where the server is, from a URL. `kind`: redis, rediss, sentinel or cluster. Its repr shows no secret."""
 
-    scheme: str
+    kind: str
+    shown: str
     addresses: tuple[Address, ...]
-    service: str = ""
-    database: int = 0
-    options: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    service: str
+    options: dict[str, Any] = field(repr=False)
 
     @classmethod
     def from_url(cls, url: str) -> Place:
         """`redis://user:password@host:6379/0`, `rediss://`, `redis+sentinel://host,host/service/0`, `redis+cluster://host,host`."""
         parts = urlsplit(url)
-        credentials, at, hosts = parts.netloc.rpartition("@")
-        sentinel, cluster = parts.scheme == "redis+sentinel", parts.scheme == "redis+cluster"
-        shown = f"{parts.scheme}://{hosts}"
+        credentials, _, hosts = parts.netloc.rpartition("@")
+        user, _, password = credentials.partition(":")
+        kind = parts.scheme.rpartition("+")[2]
+        path = [unquote(part) for part in parts.path.split("/") if part]
         try:
-            addresses = tuple(_address(text, 26379 if sentinel else 6379) for text in (hosts or "localhost").split(","))
-            path = [unquote(part) for part in parts.path.split("/") if part]
-            service = path.pop(0) if sentinel and path else ""
-            database = int(path.pop(0)) if path else 0
-            if path or parts.fragment or database < 0:
-                raise ValueError("there is more in it than a database")
-        except ValueError as error:
-            raise ConfigurationError(f"the URL {shown}: {error}; it is redis://user:password@host:6379/0") from None
-        if sentinel and not service:
-            raise ConfigurationError(f"the URL {shown}: it is redis+sentinel://host:26379,host:26379/SERVICE/0")
-        if len(addresses) > 1 and not (sentinel or cluster):
-            raise ConfigurationError(f"the URL {shown}: one host; several are for redis+sentinel:// and redis+cluster://")
-        if cluster and database:
-            raise ConfigurationError(f"the URL {shown}: a cluster has the database 0 alone")
-        options: dict[str, Any] = {}
-        if at:
-            user, _, password = credentials.partition(":")
-            options = {"username": unquote(user) or None, "password": unquote(password) or None}
-        return cls(parts.scheme, addresses, service, database, options)
+            found = [urlsplit(f"//{text}") for text in (hosts or "localhost").split(",")]
+            addresses = tuple((each.hostname or "", each.port or (26379 if kind == "sentinel" else 6379)) for each in found)
+            service = path.pop(0) if kind == "sentinel" else ""
+            database = int(path.pop(0)) if path and kind != "cluster" else 0
+            several = len(addresses) > 1 and kind.startswith("redis")
+            if path or parts.fragment or database < 0 or several or not all(host for host, _ in addresses):
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ConfigurationError(f"the URL {parts.scheme}://{hosts}: it is {_SHAPES}") from None
+        options: dict[str, Any] = {"username": unquote(user) or None, "password": unquote(password) or None}
+        if kind != "cluster":
+            options["db"] = database
+        shown = ",".join(f"{host}:{port}" for host, port in addresses)
+        behind = "".join(f"/{part}" for part in (service, database) if part)
+        return cls(kind, f"{parts.scheme}://{shown}{behind}", addresses, service, options)
 
     def __str__(self) -> str:
-        hosts = ",".join(f"{host}:{port}" for host, port in self.addresses)
-        return f"{self.scheme}://{hosts}" + (f"/{self.service}" if self.service else "") + (f"/{self.database}" if self.database else "")
-
-
-def _address(text: str, port: int) -> Address:
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname:
-        raise ValueError("it names no host")
-    return parts.hostname, parts.port or port
+        return self.shown
 
 
 class Link:
-    """One connection, with all scripts loaded. For one call at a time."""
+    """One connection, with all scripts loaded."""
 
-    def __init__(self, connection: Connection, address: Address) -> None:
-        self.connection = connection
-        self.address = address
-        self.used = 0.0
-        self.id = 0
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._waiting: deque[tuple[int, list[Any], asyncio.Future[list[Any]]]] = deque()
+        """How many answers a call has, those that came, and who waits for them."""
+        self._heard = 0.0
+        self._reader: asyncio.Task[None] | None = None
+        self._ended = False
 
-    async def prepare(self) -> None:
+    async def open(self) -> None:
         """Connects, and makes every script known. Raises the client's errors."""
-        await self.connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here
-        replies = await self.call([("CLIENT", "ID"), *(("SCRIPT", "LOAD", source) for source in ALL)], CALL_TIMEOUT)
-        self.id = replies[0] if isinstance(replies[0], int) else 0
-        for reply in replies[1:]:
-            if isinstance(reply, Exception):
-                raise reply
-
-    async def call(self, commands: Sequence[Command], timeout: float) -> list[Any]:
-        """The answers, in order; an error the server answers is one of them. Anything else raises, and the connection is gone."""
-        replies: list[Any] = []
-        again: list[int] = []
-        connection = self.connection
         try:
-            async with asyncio.timeout(timeout):
-                await connection.send_packed_command([_pack(tuple(command)) for command in commands], check_health=False)
-                for index in range(len(commands)):
-                    try:
-                        replies.append(await connection.read_response())
-                    except client.NoScriptError as error:  # SCRIPT FLUSH: nothing of it was run
-                        again.append(index)
-                        replies.append(error)
-                    except client.ResponseError as error:
-                        replies.append(error)
-                for index in again:
-                    source = BY_SHA[commands[index][1]]
-                    both = [_pack(("SCRIPT", "LOAD", source)), _pack(tuple(commands[index]))]
-                    await connection.send_packed_command(both, check_health=False)
-                    await connection.read_response()
-                    try:
-                        replies[index] = await connection.read_response()
-                    except client.ResponseError as error:
-                        replies[index] = error
-        except TimeoutError as error:
-            self.abort()
-            raise TimeoutError(f"no answer within {timeout:.3g} s") from error
+            await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here
+            self._reader = asyncio.create_task(self._read(), name="msgbus redis answers")
+            for reply in await self.call([("SCRIPT", "LOAD", source) for source in SOURCES.values()], CALL_TIMEOUT):
+                if isinstance(reply, Exception):
+                    raise reply
         except BaseException:
             self.abort()
             raise
-        self.used = time.monotonic()
-        return replies
 
-    async def alive(self) -> bool:
-        """Whether the server has not closed it meanwhile: what is written to a dead one may or may not have been stored."""
-        connection = self.connection
-        if not connection.is_connected:
-            return False
-        if time.monotonic() - self.used < _FRESH:
-            return True
+    @property
+    def alive(self) -> bool:
+        """Whether it can be used: what is written to a dead one may or may not have been stored."""
+        return self._connection.is_connected and not self._ended
+
+    async def call(self, commands: Sequence[Command], timeout: float) -> list[Any]:
+        """The answers, in order; an error the server answers is one of them. Raises `TimeoutError`, and the client's errors."""
+        if not self.alive:  # redis-py would connect again, and nobody would read what it answers
+            raise client.ConnectionError("the connection is gone")
+        packed = [_pack(tuple(command)) for command in commands]
+        if not self._waiting:
+            self._heard = time.monotonic()
+        answered: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((len(packed), [], answered))
         try:
-            return not await _can_read(connection)
-        except (client.RedisError, OSError):
-            return False
+            async with asyncio.timeout(timeout):
+                await self._connection.send_packed_command(packed, check_health=False)
+                return await answered
+        except TimeoutError as error:
+            if time.monotonic() - self._heard > STALLED:
+                self.abort()
+            raise TimeoutError(f"no answer within {timeout:.3g} s") from error
+
+    async def _read(self) -> None:
+        problem: Exception = client.ConnectionError("the connection was ended")
+        try:
+            while True:
+                try:
+                    reply = cast(Any, await self._connection.read_response())  # Any: what the server says
+                except client.ResponseError as error:
+                    reply = error
+                self._heard = time.monotonic()
+                count, replies, answered = self._waiting[0]
+                replies.append(reply)
+                if len(replies) == count:
+                    self._waiting.popleft()
+                    if not answered.done():
+                        answered.set_result(replies)
+        except (client.RedisError, OSError) as error:
+            problem = error
+        finally:
+            self._ended = True
+            for _, _, answered in self._waiting:
+                if not answered.done():
+                    answered.set_exception(problem)
+            await self._connection.disconnect(nowait=True)
 
     def abort(self) -> None:
-        """Ends it at once, without a word."""
-        # redis-py ends a connection politely, and by a coroutine: it would wait for a peer that is away.
-        writer = getattr(self.connection, "_writer", None)
-        if writer is not None:
-            writer.transport.abort()
-            for name in ("_writer", "_reader"):
-                setattr(self.connection, name, None)
-
-    async def close(self) -> None:
-        """Ends it, bounded in time."""
-        try:
-            async with asyncio.timeout(1.0):
-                await self.connection.disconnect()
-        except (TimeoutError, client.RedisError, OSError):
-            self.abort()
-
-
-async def _can_read(connection: Connection) -> bool:
-    look = getattr(connection, "can_read", None) or connection.can_read_destructive  # the name before redis-py 8
-    return bool(await look())
+        """Ends it at once."""
+        self._ended = True
+        if self._reader is not None:
+            self._reader.cancel()
 
 
 class Links:
-    """The connections of an open adapter. `call` borrows one; `link` gives one for its own."""
+    """The connections of an open adapter. `call` shares one with others; `link` gives one for its own."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.closed = False
-        self._idle: dict[Address, deque[Link]] = {}
-        self._all: set[Link] = set()
-        self._turns = asyncio.Semaphore(MAX_SENDS)
-        self._slots: list[tuple[int, int, Address]] = []
+        self._closed = False
+        self._connecting = asyncio.Lock()
+        self._shared: dict[tuple[str, str], Link] = {}
+        self._all: weakref.WeakSet[Link] = weakref.WeakSet()
 
-    async def link(self, key: str) -> Link:
-        """A new connection to the server that has a key. `BrokerUnavailable`, `AuthenticationFailed`."""
-        self._check()
-        address: Address | None = None
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                address = await self._address(key)
-                link = Link(self._connection(address), address)
-                self._all.add(link)
-                try:
-                    await link.prepare()
-                except BaseException:
-                    self.drop(link)
-                    raise
-        except BrokerError:
-            raise
-        except (client.RedisError, OSError, TimeoutError) as error:
-            self._slots.clear()
-            at = "" if address is None else f" ({address[0]}:{address[1]})"
-            raise call_error(error, f"no connection to Redis at {self.place}{at}") from error
-        try:
-            self._check()  # it took a while
-        except BrokerUnavailable:
-            self.drop(link)
-            raise
-        return link
+    async def call(self, key: str, *commands: Command, timeout: float = CALL_TIMEOUT, lane: str = "") -> list[Any]:
+        """The answers of the server that has a key. What waits long at the server has a `lane` of its own: others wait behind it.
 
-    async def send(self, key: str, *commands: Command, timeout: float) -> list[Any]:
-        """`call` for what may wait long at the server: so many at once and no more, so that leases are renewed all the while."""
+        `BrokerError`: nothing was written. Else the client's error, or `TimeoutError`.
+        """
         deadline = time.monotonic() + timeout
-        try:
-            async with asyncio.timeout(timeout):
-                await self._turns.acquire()
-        except TimeoutError:
-            raise BrokerUnavailable(f"Redis at {self.place} answers too slowly") from None
-        try:
-            return await self.call(key, *commands, timeout=max(0.001, deadline - time.monotonic()))
-        finally:
-            self._turns.release()
-
-    async def call(self, key: str, *commands: Command, timeout: float = CALL_TIMEOUT) -> list[Any]:
-        """The answers of the server that has a key. `BrokerError`: nothing was written. Else the client's error, or `TimeoutError`."""
-        deadline = time.monotonic() + timeout
-        link = await self._borrow(key, timeout)
-        try:
-            replies = await link.call(commands, max(0.001, deadline - time.monotonic()))
-        except BaseException:
-            self.drop(link)
-            raise
-        if any(isinstance(reply, client.MovedError | client.ClusterDownError) for reply in replies):
-            self._slots.clear()
-        self._idle.setdefault(link.address, deque()).append(link)
+        where = key if self.place.kind == "cluster" else "", lane
+        link = self._shared.get(where)
+        if link is None or not link.alive:
+            try:
+                async with asyncio.timeout(timeout), self._connecting:
+                    link = self._shared.get(where)
+                    if link is None or not link.alive:
+                        link = self._shared[where] = await self.link(key)
+            except TimeoutError:
+                raise BrokerUnavailable(f"no connection to Redis at {self.place} within {timeout:.3g} s") from None
+        replies = await link.call(commands, max(0.001, deadline - time.monotonic()))
+        if any(isinstance(reply, MOVED) for reply in replies) and self._shared.get(where) is link:
+            del self._shared[where]  # what is on the way on it may have its answers
+            asyncio.get_running_loop().call_later(CALL_TIMEOUT, link.abort)
         return replies
 
     async def run(self, key: str, *commands: Command, what: str, timeout: float = CALL_TIMEOUT) -> list[Any]:
         """`call` for what stores nothing, or may be repeated: raises only `BrokerError`s, the server's answered ones too."""
         try:
             replies = await self.call(key, *commands, timeout=timeout)
-        except (client.RedisError, OSError, TimeoutError) as error:
+            for reply in replies:
+                if isinstance(reply, client.RedisError):
+                    raise reply
+        except (client.RedisError, OSError) as error:
             raise call_error(error, what) from error
-        for reply in replies:
-            if isinstance(reply, client.RedisError):
-                raise call_error(reply, what) from reply
         return replies
 
-    def drop(self, link: Link) -> None:
-        """Ends a connection at once."""
-        link.abort()
-        self._all.discard(link)
-
-    def abort(self) -> None:
-        """Ends all at once."""
-        self.closed = True
-        for link in list(self._all):
-            self.drop(link)
-        self._idle.clear()
-
-    async def close(self) -> None:
-        """Ends all. Twice is once."""
-        self.closed = True
-        links, self._all = list(self._all), set()
-        self._idle.clear()
-        await asyncio.gather(*(link.close() for link in links))
-
-    # ------------------------------------------------------------ inside
-
-    def _check(self) -> None:
-        if self.closed:
-            raise BrokerUnavailable("the Redis adapter is not open")
-
-    async def _borrow(self, key: str, timeout: float) -> Link:
-        self._check()
-        address = self.place.addresses[0] if self.place.scheme in ("redis", "rediss") else await self._known(key)
-        idle = self._idle.get(address) if address is not None else None
-        while idle:
-            link = idle.pop()
-            if await link.alive():
-                return link
-            self.drop(link)
+    async def link(self, key: str) -> Link:
+        """A new connection to the server that has a key. `BrokerUnavailable`, `AuthenticationFailed`."""
+        where = f"{self.place}"
         try:
-            async with asyncio.timeout(timeout):
-                return await self.link(key)
-        except TimeoutError:
-            raise BrokerUnavailable(f"no connection to Redis at {self.place} within {timeout:.3g} s") from None
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                host, port = await self._address(key)
+                where += f" ({host}:{port})"
+                link = Link(self._connection(host, port))
+                self._all.add(link)
+                await link.open()
+        except (client.RedisError, OSError) as error:
+            raise call_error(error, f"no connection to Redis at {where}") from error
+        if self._closed:  # it took a while
+            link.abort()
+            raise BrokerUnavailable("the Redis adapter is not open")
+        return link
 
-    async def _known(self, key: str) -> Address | None:
-        """The server of a key as far as it is known without asking."""
-        if self.place.service:
-            return next((link.address for link in self._all), None)
-        slot = key_slot(key.encode())
-        return next((address for first, last, address in self._slots if first <= slot <= last), None)
+    def close(self) -> None:
+        """Ends all at once. Twice is once."""
+        self._closed = True
+        for link in self._all:
+            link.abort()
 
-    def _connection(self, address: Address, *, sentinel: bool = False) -> Connection:
-        place = self.place
-        options: dict[str, Any] = {} if sentinel else {"db": place.database, **place.options}
-        kind = SSLConnection if place.scheme == "rediss" or options.pop("tls", False) else Connection
+    def _connection(self, host: str, port: int) -> Connection:
+        options = dict(self.place.options)
+        kind = SSLConnection if options.pop("ssl", False) else Connection
         return kind(
-            host=address[0],
-            port=address[1],
+            host=host,
+            port=port,
             protocol=2,  # answers have one shape, whatever the client's version (RESP3 has maps)
             socket_timeout=None,  # deadlines are ours: its own would cover a blocked read too, and try again
             socket_connect_timeout=CONNECT_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
-            client_name="msgbus" if not sentinel else None,
+            client_name="msgbus",
             **options,
         )
 
     async def _address(self, key: str) -> Address:
         place = self.place
-        if place.scheme == "redis+sentinel":
-            return await self._ask(("SENTINEL", "GET-MASTER-ADDR-BY-NAME", place.service), sentinel=True)
-        if place.scheme == "redis+cluster":
-            if not self._slots:
-                await self._ask(("CLUSTER", "SLOTS"), sentinel=False)
-            address = await self._known(key)
-            if address is None:
-                raise BrokerUnavailable(f"no node of the cluster {place} has the slot of {key}")
-            return address
-        return place.addresses[0]
-
-    async def _ask(self, command: Command, *, sentinel: bool) -> Address:
-        """Asks one after the other of those the URL names where the servers are."""
-        problem: Exception = BrokerUnavailable(f"nobody at {self.place} knows")
-        for address in self.place.addresses:
-            connection = self._connection(address, sentinel=sentinel)
+        if place.kind == "sentinel":
+            sentinel: Any = cast(Any, Sentinel)(list(place.addresses), socket_timeout=CONNECT_TIMEOUT)  # redis-py says no types here
             try:
-                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here
-                await connection.send_command(*command)
-                answer = cast(Any, await connection.read_response())  # Any: what the server says
-                if sentinel and answer:
-                    return answer[0].decode(), int(answer[1])
-                if not sentinel:
-                    self._slots = [(first, last, (node[0].decode() or address[0], int(node[1]))) for first, last, node, *_ in answer]
-                    return address
-            except (client.RedisError, OSError, TimeoutError) as error:
-                problem = error
+                return cast(Address, await sentinel.discover_master(place.service))
             finally:
-                await connection.disconnect(nowait=True)
-        if isinstance(problem, BrokerError):
-            raise problem
-        raise call_error(problem, f"nobody at {self.place} answers") from problem
+                for one in sentinel.sentinels:
+                    await one.aclose()
+        if place.kind == "cluster":
+            async with RedisCluster(startup_nodes=[ClusterNode(*address) for address in place.addresses], **place.options) as cluster:
+                node = cast(ClusterNode, cluster.get_node_from_key(key))  # None only of replicas; a slot of nobody raises
+                return str(node.host), int(node.port)
+        return place.addresses[0]

@@ -11,66 +11,71 @@ from dataclasses import dataclass
 from msgbus.contract.adapter import TopicSpec
 from msgbus.contract.address import shard_of
 from msgbus.contract.envelope import PRIORITIES, Envelope, Priority
+from msgbus.errors import TopologyMismatch
 
 
 def base(topic: str) -> str:
     """What every key of a topic begins with. A topic that ends in `.dead` is a group's, beside the topic it belongs to."""
-    if topic.endswith(".dead"):
-        source, dot, rest = topic.removesuffix(".dead").rpartition(".")
-        if dot:
-            return f"{{{source}}}.{rest}.dead"
-    return f"{{{topic}}}"
+    source, dot, group = topic.removesuffix(".dead").rpartition(".")
+    return f"{{{source}}}.{group}.dead" if dot and topic.endswith(".dead") else f"{{{topic}}}"
+
+
+def own(key: str, what: str, group: str) -> str:
+    """What a group alone has of a topic, or of one of its streams: `retry`, `lease`, `members`, `delayed`."""
+    return f"{key}:{what}:{group}"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a topic stands at the broker."""
+    """How a topic stands at the broker. `retain` in milliseconds; 0: nothing is kept."""
 
     topic: str
-    shards: int
-    keyed: bool
-    priorities: bool
-    retain: float | None
-    kind: str
+    shards: int = 1
+    keyed: bool = False
+    priorities: bool = False
+    retain: int = 0
+    kind: str = "work"
 
     @classmethod
     def of(cls, spec: TopicSpec, default: int) -> Layout:
         """How a topic stands once it is declared where nothing was. `default`: shards of a keyed one that says no number."""
         shards = spec.shards or (max(default, 1) if spec.keyed else 1)
-        return cls(spec.name, shards, spec.keyed, spec.priorities, spec.retain, spec.kind)
+        return cls(spec.name, shards, spec.keyed, spec.priorities, int((spec.retain or 0) * 1000), spec.kind)
 
     @classmethod
     def read(cls, topic: str, flat: list[bytes]) -> Layout:
-        """From the topic's hash, as the broker answers it. `ValueError` where it is not ours."""
-        meta = dict(zip(flat[::2], flat[1::2], strict=True))
-        retain = meta.get(b"retain")
-        try:
-            shards = int(meta[b"shards"])
-        except KeyError:
-            raise ValueError("a hash that says no number of shards") from None
-        return cls(
-            topic,
-            max(shards, 1),
-            meta.get(b"keyed") == b"1",
-            meta.get(b"priorities") == b"1",
-            int(retain) / 1000 if retain else None,
-            meta.get(b"kind", b"work").decode(),
-        )
+        """From the topic's hash, as the broker answers it. `TopologyMismatch` where it is not ours."""
+        facts = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+        if "shards" not in facts:
+            raise TopologyMismatch(f"topic {topic!r}: key {cls(topic).meta!r}", "a topic's hash", "one that says no shards")
+        flags = facts.get("keyed") == "1", facts.get("priorities") == "1"
+        return cls(topic, max(int(facts["shards"]), 1), *flags, int(facts.get("retain", 0)), facts.get("kind", "work"))
 
     @property
     def base(self) -> str:
         """What every key begins with."""
         return base(self.topic)
 
+    @property
+    def meta(self) -> str:
+        """The hash that says what the topic is."""
+        return f"{self.base}:meta"
+
+    @property
+    def private(self) -> str:
+        """The private readers that there are, and until when."""
+        return f"{self.base}:private"
+
+    def delayed(self, group: str | None) -> str:
+        """What waits for its time: of all groups, or of one."""
+        key = f"{self.base}:delayed"
+        return key if group is None else f"{key}:{group}"
+
     def part(self, envelope: Envelope) -> str:
         """The stream that an envelope goes to."""
         if self.shards > 1:
             return f"{self.base}:p{shard_of(envelope.key, self.shards)}"
-        return self.level(envelope.priority) if self.priorities else self.base
-
-    def level(self, priority: Priority) -> str:
-        """The stream of a priority; the normal one is the plain name."""
-        return self.base if priority == "normal" else f"{self.base}:{priority}"
+        return self._level(envelope.priority) if self.priorities else self.base
 
     def parts(self, priority: Priority | None = None) -> list[str]:
         """The streams of the topic; with a priority, those of its level."""
@@ -78,39 +83,12 @@ class Layout:
             return [f"{self.base}:p{shard}" for shard in range(self.shards)]
         if not self.priorities:
             return [self.base]
-        return [self.level(priority)] if priority is not None else [self.level(each) for each in PRIORITIES]
+        return [self._level(level) for level in PRIORITIES if priority in (None, level)]
 
+    def streams(self, group: str) -> list[str]:
+        """The topic's, then those that are the group's own."""
+        parts = self.parts()
+        return [*parts, *(own(part, "retry", group) for part in parts)]
 
-def meta(topic: str) -> str:
-    """The hash that says what a topic is."""
-    return f"{base(topic)}:meta"
-
-
-def seen(topic: str) -> str:
-    """Ids that were sent of late: a prefix."""
-    return f"{base(topic)}:pub:"
-
-
-def delayed(topic: str, group: str | None) -> str:
-    """What waits for its time: of all groups, or of one."""
-    return f"{base(topic)}:delayed" if group is None else f"{base(topic)}:delayed:{group}"
-
-
-def retry(part: str, group: str) -> str:
-    """The stream of a part that is a group's own."""
-    return f"{part}:retry:{group}"
-
-
-def lease(part: str, group: str) -> str:
-    """Whose the part is, in an ordered group."""
-    return f"{part}:lease:{group}"
-
-
-def members(part: str, group: str) -> str:
-    """Who shares the parts of an ordered group; `part` is the first of them."""
-    return f"{part}:members:{group}"
-
-
-def private(topic: str) -> str:
-    """Private readers that are there."""
-    return f"{base(topic)}:private"
+    def _level(self, priority: Priority) -> str:
+        return self.base if priority == "normal" else f"{self.base}:{priority}"

@@ -1,125 +1,157 @@
-"""What every receiver has: a buffer that one task fills on demand, what is handed out, and acks that travel in batches.
+"""A receiver: one task that reads, renews, acks and gives back, in one call to the server after the other.
 
-A read is never cancelled: what the server had given and nobody saw would stay pending. So the reading is a task's own, `receive` only
-waits for it, and a read that must end early is ended by the server (CLIENT UNBLOCK). It reads when somebody waits in `receive`, so that
-a paused subscription takes nothing from its peers.
+Three kinds, one mechanism, a script: a receiver of a group without order reads all streams of its level; an exclusive one those of the
+shards whose leases it holds, after what is pending there, and the script looks at the lease; a private one from an id of its own.
+What is held is kept from others by its idle time, renewed by a script that looks whether it is still ours. Who died, or gave something
+back, is found by the same read. Nobody waits in it: a read whose answer is lost has given what nobody saw. So an XREAD, which gives
+nothing, wakes; and whoever opens the next receiver of this process goes on under the name of one that could not say goodbye.
+It reads when somebody waits in `receive`, so that a paused subscription takes nothing from its peers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import time
-from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 from redis import exceptions as client
 
-from msgbus.contract.adapter import Received, Receiver, ReceiverSpec, Tenure
-from msgbus.errors import BrokerError, BrokerUnavailable
-from msgbus_redis import names, scripts
-from msgbus_redis.connections import CALL_TIMEOUT, Command, Link, script
-from msgbus_redis.errors import call_error, is_group_gone
-from msgbus_redis.names import Layout
-from msgbus_redis.sending import trim
-from msgbus_redis.services import Services
+from msgbus.contract.adapter import Received, Receiver, ReceiverSpec, SendOutcome, Tenure
+from msgbus.contract.envelope import Envelope
+from msgbus.errors import BrokerUnavailable
+from msgbus_redis import scripts
+from msgbus_redis.connections import CALL_TIMEOUT, Command, Link
+from msgbus_redis.errors import CLIENT_ERRORS, call_error, is_group_gone
+from msgbus_redis.names import Layout, own
+from msgbus_redis.sending import Sender, Source
 from msgbus_redis.wire import envelope_of
 
-BLOCK = 1.0
-"""Seconds that a read waits at the server; at most 2, or a client's time-outs and ours get into each other's way."""
+log = logging.getLogger("msgbus.redis")
+
 TICK = 0.5
 """Seconds between looks at what is due, at what others of the group do, and at who has died."""
+SOON = 0.02
+"""Seconds until a look that is due at once: there may be more than one look moves."""
+SLEEP = 1.0
+"""Seconds that an XREAD waits at the server."""
 ACK_DELAY = 0.002
-"""Seconds that acks wait for the next read to take them along."""
+"""Seconds that acks wait for others, or for the next read to take them along."""
+PATIENCE = 2.0
+"""Seconds without a `receive` after which what is buffered goes back."""
+TIDY, IDLE_TIDY = 1.0, 30.0
+"""Seconds between trims where something was acked, and where nothing was."""
 
-BUFFERED, HANDED_OUT, SETTLED, GONE = range(4)
+_turns = count()
+Step = tuple[Command, Callable[[Any], None]]  # Any: what the server answers
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One that is read."""
+
+    shard: int
+    lease: str
+    key: str
+    group: str | None
+    """The one whose retries these are."""
+    tenure: Tenure | None
+    walk: bytes = b"-"
+    """Where what is pending goes on; see the script."""
 
 
 class Entry(Tenure):
-    """One entry of a stream in our hands: the token of a `Received`, and its tenure where the group has no order."""
+    """The token of a `Received`, and its tenure where the group has no order."""
 
-    __slots__ = ("count", "id", "received", "since", "state", "stream")
+    __slots__ = ("id", "settled", "since", "stream")
 
-    received: Received
-
-    def __init__(self, stream: int, id_: bytes, count: int, since: float) -> None:
-        self.draining = self.lost = False
+    def __init__(self, stream: Stream, id_: bytes, since: float) -> None:
+        self.draining = self.lost = self.settled = False
         self.stream = stream
-        """The number of its stream, the receiver's own numbering."""
         self.id = id_
-        self.count = count
         self.since = since
-        """When it was last sure to be ours, by the monotonic clock."""
-        self.state = BUFFERED
+        """When it was last sure to be ours."""
 
 
 class RedisReceiver(Receiver):
-    """The part that all three kinds share. `streams` are numbered from 0; the second half are the group's own (retries)."""
+    """Implements `Receiver` and `Forwarding`. `me` names it among the consumers of the group, and is the value of its leases."""
 
     def __init__(
-        self, services: Services, reader: Link, layout: Layout, spec: ReceiverSpec, on_close: Callable[[RedisReceiver], None]
+        self, sender: Sender, sleeper: Link, layout: Layout, spec: ReceiverSpec, me: str, on_close: Callable[[RedisReceiver], None]
     ) -> None:
         self.spec = spec
-        self.services = services
-        self.lease = services.settings.lease
-        self.lease_ms = int(self.lease * 1000)
-        self.links = services.links
-        self.reader = reader
-        self.layout = layout
-        self.base = layout.base
-        self.window = 1 if spec.quarantine else max(spec.window, 1)
-        self.streams: list[str] = []
-        self.stale_acks = 0
-        self.held: set[Entry] = set()
-        self.buffer: deque[Entry] = deque()
-        self.acks: list[Entry] = []
-        self.draining = False
-        self.closed = False
-        self.problem: BrokerError | None = None
-        self.acked = 0
-        """Since the last trim."""
+        self.me = me
+        self.left = False
+        """Whether all it had went back to the group."""
+        self._sender = sender
+        self._topology = sender.topology
+        self._sleeper = sleeper
+        self._layout = layout
+        self._group = spec.group or ""
+        self._ordered = spec.exclusive or spec.group is None
+        """Whether what is released stays here: its order is kept, or it is nobody else's."""
+        self._lease = sender.topology.settings.lease
+        self._window = 1 if spec.quarantine else max(spec.window, 1)
         self._on_close = on_close
+        self._parts = layout.parts(spec.priority)
+        self._members = own(self._parts[0], "members", self._group)
+        self._shards: dict[int, Tenure] = {}
+        self._streams: list[Stream] = []
+        for shard in range(0 if spec.exclusive else len(self._parts)):
+            self._gain(shard, None)
+        self._held: set[Entry] = set()
+        self._buffer: deque[Received] = deque()
+        self._acks: set[Entry] = set()
+        """Done with, and the server has not answered that it knows."""
+        self._back: list[Entry] = []
+        self._acked = self._draining = self._closed = False
+        self._problem: Exception | None = None
+        self._more = False
+        """What the dead held has been found: there may be more of it, and it goes first."""
         self._demand = 0
-        self._look_at = 0.0
-        self._asked_at = time.monotonic()
         self._waiter: asyncio.Future[None] | None = None
-        self._work = asyncio.Event()
-        self._tick = asyncio.Event()
-        self._blocked = False
+        self._asked_at = time.monotonic()
+        self._tick_at = 0.0
+        self._renew_at = time.monotonic() + self._lease / 3
+        self._started, self._work, self._drained = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._flushing: asyncio.Task[None] | None = None
-        self._interrupting: asyncio.Task[None] | None = None
+        self._sleeping: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._task = self._loop.create_task(self._run(), name=f"{self!r} works")
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else "draining" if self.draining else "lost" if self.problem else "open"
-        return f"<{type(self).__name__} topic={self.spec.topic!r} group={self.spec.group!r} held={len(self.held)} {state}>"
+        state = "closed" if self._closed else "lost" if self._problem else "draining" if self._draining else "open"
+        return f"<RedisReceiver topic={self.spec.topic!r} group={self.spec.group!r} held={len(self._held)} {state}>"
 
-    def start(self) -> None:
-        """Begins to work."""
-        self._tasks = [self._spawn(self._read_on_demand(), "reader"), self._spawn(self._keep_up(), "upkeep")]
+    async def start(self) -> None:
+        """Returns after a first look, from which on a private receiver misses nothing. Raises what prevented it."""
+        await self._started.wait()
+        self._check()
 
     # ------------------------------------------------------------ the contract's words
 
     async def receive(self, limit: int, timeout: float) -> list[Received]:
         """As the contract says; what is buffered comes at once and without suspending."""
-        self._check()
-        self._asked_at = time.monotonic()
-        taken = self._hand_out(limit)
-        if taken or limit <= 0 or timeout <= 0 or self.draining:
-            if not taken and limit > 0 and not self.draining:
-                self._ask(limit)
-            return taken
         deadline = self._loop.time() + timeout
-        while not taken and not self.draining:
+        while True:
+            self._check()
+            self._asked_at = time.monotonic()
+            most = max(0, min(limit, self._window - len(self._held), len(self._buffer)))
+            taken = [self._buffer.popleft() for _ in range(most)]
+            self._held.update(received.token for received in taken)
+            if taken or limit <= 0 or self._draining:
+                return taken
+            if self._demand < limit:
+                self._demand = limit
+                self._work.set()
             left = deadline - self._loop.time()
             if left <= 0:
-                break
-            self._ask(limit)
+                return taken
             waiter = self._waiter = self._loop.create_future()
             timer = self._loop.call_later(left, _resolve, waiter)
             try:
@@ -127,331 +159,306 @@ class RedisReceiver(Receiver):
             finally:
                 timer.cancel()
                 self._waiter = None
-            self._check()
-            self._asked_at = time.monotonic()
-            taken = self._hand_out(limit)
-        self._demand = 0
-        return taken
+                self._demand = 0
 
     def ack(self, received: Received) -> None:
         """As the contract says."""
         entry: Entry = received.token
-        state, entry.state = entry.state, SETTLED
-        if state == HANDED_OUT:
-            self.held.discard(entry)
-            if self.problem is None and not self.closed:
-                self._settle(entry)
-                if self._demand:
-                    self._work.set()
-            else:
-                self.stale_acks += 1
-        elif state == GONE:
+        if entry.settled:
+            return
+        entry.settled = True
+        if entry not in self._held or self._problem is not None or self._closed:
             self.stale_acks += 1
+            return
+        self._held.discard(entry)
+        self._acked = True
+        if self._group:
+            if not self._acks:
+                self._loop.call_later(0.0 if self._demand else ACK_DELAY, self._work.set)
+            self._acks.add(entry)
 
     async def release(self, received: Received) -> None:
-        """As the contract says."""
+        """As the contract says. What is ordered, or nobody else's, comes again here, unless its shard goes: then it goes along."""
         entry: Entry = received.token
-        if entry.state != HANDED_OUT or self.closed:
+        if entry.settled or entry not in self._held:
             return
-        entry.state = SETTLED
-        self.held.discard(entry)
-        if self.problem is None:
-            await self._guarded(self._release(entry))
-        if self._demand:
+        entry.settled = True
+        self._held.discard(entry)
+        if not self._ordered:
+            self._back.append(entry)
+        elif not received.tenure.draining:
+            entry = Entry(entry.stream, entry.id, entry.since)
+            again = Received(received.envelope, entry, entry.stream.tenure or entry, received.crashes)
+            self._buffer = deque(sorted([*self._buffer, again], key=_order))
+            self._wake()
+        self._work.set()
+
+    async def forward(self, received: Received, envelope: Envelope, *, timeout: float) -> SendOutcome:
+        """As the contract says: one script, which writes before it acks."""
+        entry: Entry = received.token
+        if entry not in self._held or self._problem is not None:
+            return BrokerUnavailable(f"the delivery of {envelope.id!r} to forward went back to its group before, or was settled")
+        outcome = await self._sender.forward(envelope, Source(entry.stream.key, self._group, self.me, entry.id), timeout)
+        if outcome is None:
+            entry.settled = self._acked = True
+            self._held.discard(entry)
             self._work.set()
+        return outcome
 
     async def drain(self) -> None:
         """As the contract says."""
-        if not self.draining:
-            self.draining = True
-            self._wake_receive()
-            self._tick.set()
-            await self._stop_reading()
-            if self.problem is None and not self.closed:
-                await self._guarded(self._drained())
+        self._draining = True
+        self._wake()
+        self._work.set()
+        await self._drained.wait()
 
     async def close(self) -> None:
-        """As the contract says: at most a few seconds, also where the server is away."""
+        """As the contract says: a few seconds at most, also where the server is away."""
         if self._closing is None:
-            self._closing = self._spawn(self._close(), "closing")
+            self._closing = self._loop.create_task(self._close(), name=f"{self!r} closes")
         await asyncio.shield(self._closing)
 
     def abandon(self) -> None:
         """What the death of the process would do: nothing is flushed, acked or given back."""
-        self.fail(BrokerUnavailable("the connection to Redis was aborted"))
-        for task in self._tasks:
-            task.cancel()
+        self._fail(BrokerUnavailable("the connection to Redis was aborted"))
+        self._task.cancel()
 
-    # ------------------------------------------------------------ what the kinds differ in
-
-    @abstractmethod
-    async def _read(self, room: int) -> None:
-        """One read of at most about `room` entries into the buffer, waiting `BLOCK` at most."""
-
-    @abstractmethod
-    async def _upkeep(self, now: float) -> float:
-        """Renews what must be, looks at what is due; seconds until it wants to be called again."""
-
-    @abstractmethod
-    def _settle(self, entry: Entry) -> None:
-        """The group is done with it."""
-
-    @abstractmethod
-    async def _release(self, entry: Entry) -> None:
-        """Gives back what was handed out."""
-
-    @abstractmethod
-    async def _drained(self) -> None:
-        """Nothing is read any more: gives back what is buffered, where that may go back before `close`."""
-
-    @abstractmethod
-    async def _leave(self) -> None:
-        """The last words: acks are sent, everything else goes back."""
-
-    @abstractmethod
-    def _ack_commands(self, entries: Sequence[Entry]) -> list[Command]:
-        """What settles them."""
-
-    @abstractmethod
-    def _count_stale(self, entries: Sequence[Entry], replies: Sequence[Any]) -> int:
-        """How many of them came too late, by the answers."""
-
-    async def _chores(self) -> None:
-        """What must not happen while a read is under way."""
-
-    # ------------------------------------------------------------ the buffer
-
-    def take_in(self, entry: Entry, flat: list[bytes], tenure: Tenure) -> None:
-        """An entry has come."""
-        streams = self.streams
-        spec = self.spec
-        own = spec.group if entry.stream * 2 >= len(streams) and spec.group is not None else None
-        envelope = envelope_of(spec.topic, own, streams[entry.stream], entry.id, flat)
-        entry.received = Received(envelope, entry, tenure, entry.count - 1 if entry.count > 1 else 0)
-        self.buffer.append(entry)
-
-    def _hand_out(self, limit: int) -> list[Received]:
-        count = min(limit, self.window - len(self.held), len(self.buffer))
-        taken: list[Received] = []
-        while count > 0 and self.buffer:
-            entry = self.buffer.popleft()
-            if entry.state != BUFFERED:
-                continue
-            entry.state = HANDED_OUT
-            self.held.add(entry)
-            taken.append(entry.received)
-            count -= 1
-        return taken
-
-    def _ask(self, limit: int) -> None:
-        self._demand = limit
-        self._work.set()
+    # ------------------------------------------------------------ inside
 
     def _check(self) -> None:
-        if self.problem is not None:
-            raise self.problem
-        if self.closed:
+        if self._problem is not None:
+            raise self._problem
+        if self._closed:
             raise BrokerUnavailable("the receiver is closed")
 
-    def _wake_receive(self) -> None:
+    def _pull(self, goes: Callable[[Entry], bool]) -> list[Entry]:
+        """Takes some out of the buffer."""
+        pulled = [received.token for received in self._buffer if goes(received.token)]
+        if pulled:
+            self._buffer = deque(received for received in self._buffer if not goes(received.token))
+        return pulled
+
+    def _ours(self) -> list[Entry]:
+        return [*self._held, *self._acks, *(received.token for received in self._buffer)]
+
+    def _wake(self) -> None:
         if self._waiter is not None:
             _resolve(self._waiter)
 
-    def fail(self, error: BrokerError) -> None:
-        """The link is gone: `receive` says so from now on, and acks are too late."""
-        if self.problem is None:
-            self.problem = error
-            self._wake_receive()
-            self._work.set()
-            self._tick.set()
+    def _fail(self, error: Exception) -> None:
+        """`receive` says so from now on, and acks are too late."""
+        is_bug = not isinstance(error, CLIENT_ERRORS)
+        self._problem = self._problem or (error if is_bug else call_error(error, f"receiving from {self.spec.topic!r}"))
+        self._started.set()
+        self._drained.set()
+        self._wake()
 
-    def reads(self) -> bool:
-        """Whether there is anything more to be read."""
-        return not self.draining and self.problem is None
-
-    # ------------------------------------------------------------ the tasks
-
-    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
-        return self._loop.create_task(work, name=f"msgbus redis {self.spec.topic} {self.spec.group} {what}")
-
-    async def _read_on_demand(self) -> None:
-        while self.reads():
-            await self._guarded(self._chores())
-            room = min(self._demand, self.window - len(self.held)) - len(self.buffer)
-            if room <= 0 or not self.reads():
+    async def _run(self) -> None:
+        try:
+            while not self._closed:
+                await self._go(self._steps())
+                self._started.set()
+                if self._draining and not self._back and (self._ordered or not self._buffer):
+                    self._drained.set()
+                timer = self._loop.call_later(max(0.0, self._tick_at - time.monotonic()), self._work.set)
+                await self._work.wait()
+                timer.cancel()
                 self._work.clear()
-                if self.reads():
-                    await self._work.wait()
-                continue
-            await self._guarded(self._read(room))
-            if self._waiter is None:
-                self._demand = 0
-            elif self.buffer:
-                self._wake_receive()
+            goodbye = [(self._leave(self._streams), _nothing), (("ZREM", self._members, self.me), _nothing)] if self._group else []
+            await self._go([*self._settling(time.monotonic()), *goodbye])
+            self.left = True
+        except Exception as error:  # it has an owner: `receive` raises it
+            self._fail(error)
 
-    async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """What goes wrong on the way to the server ends the receiver: the core opens another one."""
+    async def _go(self, steps: Sequence[Step]) -> None:
+        """One call; each answer to who asked for it."""
+        replies = await self._topology.links.call(self._layout.base, *(command for command, _ in steps)) if steps else []
+        errors = [reply for reply in replies if isinstance(reply, client.RedisError)]
+        for (_, done), reply in zip(steps, replies, strict=True):
+            if not isinstance(reply, client.RedisError):
+                done(reply)
+        for error in errors:
+            if not self._group or not is_group_gone(error):
+                raise error
+        if errors and not self._closed:
+            await self._topology.revive(self._layout, self._group)
+            for stream in self._streams:  # something may have been given and not seen
+                stream.walk = b"-"
+            self._work.set()
+
+    async def _sleep(self, last: dict[str, bytes]) -> None:
+        """Until something comes. It goes on while other things are done: what is new to it then was new before, or it ends at once."""
+        command = ("XREAD", "COUNT", 1, "BLOCK", int(SLEEP * 1000), "STREAMS", *last, *last.values())
         try:
-            return await work
-        except BrokerError as error:
-            self.fail(error)
-        except (client.RedisError, OSError, TimeoutError) as error:
-            problem = call_error(error, f"receiving from {self.spec.topic!r}")
-            self.fail(problem if isinstance(problem, BrokerError) else BrokerUnavailable(str(problem)))
-        return None
-
-    async def _keep_up(self) -> None:
-        while True:
-            wait = await self._guarded(self._upkeep(time.monotonic()))
-            if wait is None:
-                return
-            if self.closed:
-                return
-            self._tick.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.001, min(wait, TICK))):
-                    await self._tick.wait()
-
-    async def read_call(self, commands: Sequence[Command], acks: Sequence[Entry], *, block: bool = True) -> list[Any]:
-        """Answers to what the reader asks; acks travel in front."""
-        first = self._ack_commands(acks) if acks else []
-        self._blocked = block
-        try:
-            replies = await self.reader.call([*first, *commands], BLOCK + CALL_TIMEOUT)
-        except BaseException:
-            self.stale_acks += len(acks)
-            raise
-        finally:
-            self._blocked = False
-        if acks:
-            self._acks_done(acks, replies[: len(first)])
-        return replies[len(first) :]
-
-    def interrupt(self) -> None:
-        """Ends the wait of a read, soon: something has changed."""
+            await self._sleeper.call([command], SLEEP + CALL_TIMEOUT)
+        except CLIENT_ERRORS as error:
+            self._fail(error)
         self._work.set()
-        if self._blocked and self.problem is None and not self.closed:
-            self._blocked = False
-            self._interrupting = self._spawn(self._unblock(), "interrupt")
-
-    async def _unblock(self) -> None:
-        with contextlib.suppress(BrokerError, client.RedisError, OSError, TimeoutError):
-            await self.links.call(self.base, ("CLIENT", "UNBLOCK", self.reader.id))
-
-    async def _stop_reading(self) -> None:
-        """Lets the reader come to its end, without cutting off a read."""
-        self._work.set()
-        reader = self._tasks[0]
-        deadline = self._loop.time() + BLOCK + 1.0
-        while not reader.done() and self.problem is None and self._loop.time() < deadline:
-            if self._blocked:
-                await self._unblock()
-            await asyncio.wait([reader], timeout=0.05)
-
-    # ------------------------------------------------------------ acks
-
-    def queue_ack(self, entry: Entry) -> None:
-        """It travels with the next read, or soon."""
-        self.acks.append(entry)
-        if self._flush_timer is None:
-            self._flush_timer = self._loop.call_later(ACK_DELAY, self._flush_later)
-
-    def take_acks(self) -> list[Entry]:
-        """What the caller is about to send."""
-        acks, self.acks = self.acks, []
-        return acks
-
-    def _flush_later(self) -> None:
-        self._flush_timer = None
-        if self.acks and self.problem is None and (self._flushing is None or self._flushing.done()):
-            self._flushing = self._spawn(self.flush_acks(), "acks")
-
-    async def flush_acks(self) -> None:
-        """Sends what waits to be acked."""
-        while self.acks:
-            acks = self.take_acks()
-            try:
-                replies = await self.links.call(self.base, *self._ack_commands(acks))
-            except (BrokerError, client.RedisError, OSError, TimeoutError) as error:
-                self.stale_acks += len(acks)
-                self.fail(error if isinstance(error, BrokerError) else BrokerUnavailable(f"acks had no answer: {error}"))
-                return
-            except asyncio.CancelledError:
-                self.stale_acks += len(acks)
-                raise
-            self._acks_done(acks, replies)
-
-    def _acks_done(self, acks: Sequence[Entry], replies: Sequence[Any]) -> None:
-        self.acked += len(acks)
-        self.stale_acks += self._count_stale(acks, replies)
-
-    # ------------------------------------------------------------ the end
 
     async def _close(self) -> None:
-        was_draining, self.draining = self.draining, True
-        self._wake_receive()
-        self._tick.set()
-        if not was_draining:
-            await self._stop_reading()
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-        if self._flushing is not None and not self._flushing.done():
-            await asyncio.wait([self._flushing], timeout=CALL_TIMEOUT)
-        if self.problem is None:
-            with contextlib.suppress(BrokerError, client.RedisError, OSError, TimeoutError):  # it comes again when the lease is over
-                async with asyncio.timeout(CALL_TIMEOUT / 2):
-                    await self.flush_acks()
-                    await self._leave()
-        self.closed = True
-        self._tick.set()
-        self.stale_acks += len(self.acks)
-        self.acks.clear()
-        for entry in [*self.held, *self.buffer]:
-            entry.state = GONE
-            entry.lost = True
-        self.held.clear()
-        self.buffer.clear()
-        tasks = [task for task in [*self._tasks, self._interrupting, self._flushing] if task is not None]
-        if tasks and self.problem is None:
-            await asyncio.wait(tasks, timeout=0.5)  # a call that is cut off costs its connection
+        self._draining = self._closed = True
+        self._wake()
+        self._work.set()
+        await asyncio.wait([self._task], timeout=CALL_TIMEOUT / 2)
+        tasks = [task for task in (self._task, self._sleeping) if task is not None]
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=1.0)
-        self.links.drop(self.reader)
+        await asyncio.wait(tasks, timeout=1.0)
+        self._sleeper.abort()
+        self._drained.set()
+        for entry in self._ours():
+            entry.lost = True
+        self.stale_acks += len(self._acks)
         self._on_close(self)
 
-    # ------------------------------------------------------------ what groups share
+    # ------------------------------------------------------------ what it asks, and what becomes of the answers
 
-    def note_lost(self, lost: int) -> None:
-        """Entries were pending and are no longer in their stream: somebody deleted or trimmed them."""
-        if lost:
-            self.services.data_loss(f"{lost} messages of topic {self.spec.topic!r} are gone that group {self.spec.group!r} had not settled")
-
-    def tidy(self) -> list[Command]:
-        """Drops from the topic's streams what all groups are done with, when it is time."""
-        if not self.services.is_time_to_tidy(self.spec.topic, self.spec.group, self.acked > 0):
-            return []
-        self.acked = 0
-        return [trim(self.layout, self.spec.group, self.services.settings)]
-
-    async def see_group(self) -> None:
-        """Who reads is told when the group is gone; who has no room must look. `BrokerUnavailable` where it was dropped."""
+    def _steps(self) -> list[Step]:
         now = time.monotonic()
-        group = self.spec.group
-        if (self._demand and self.window > len(self.held)) or now < self._look_at or group is None:
-            return
-        self._look_at = now + 1.0
-        (answer,) = await self.links.call(self.base, ("XINFO", "GROUPS", self.streams[0]))
-        gone = is_group_gone(answer) if isinstance(answer, client.RedisError) else group.encode() not in [flat[1] for flat in answer]
-        if gone:
-            await self.services.revive(self.layout, self.spec)
+        steps = self._settling(now)
+        tick = now >= self._tick_at
+        if tick:
+            self._tick_at = now + TICK
+            if self.spec.exclusive:
+                keys = [self._members, *(own(part, "lease", self._group) for part in self._parts)]
+                arguments = [self.me, int(self._lease * 1000), int(not self._draining)]
+                steps.append((scripts.call(scripts.COUNCIL, keys, arguments), self._share_out))
+            elif not self._group:
+                steps.append((("SET", self._layout.private, 1, "PX", int(self._lease * 1000)), _nothing))
+            trims = self._topology.trims(self._layout, self.spec.group, TIDY if self._acked else IDLE_TIDY)
+            self._acked = self._acked and not trims
+            steps += [(command, _nothing) for command in trims]
+        for shard in [shard for shard, tenure in self._shards.items() if tenure.draining]:
+            if not any(entry.stream.shard == shard for entry in self._held):
+                steps.append((self._leave([stream for stream in self._streams if stream.shard == shard]), _nothing))
+                self._lose(shard)
+        room = 0 if self._draining else max(0, min(self._demand, self._window - len(self._held)) - len(self._buffer))
+        streams = [stream for stream in self._streams if stream.tenure is None or not stream.tenure.draining]
+        turn = next(_turns) % max(1, len(streams))  # whoever is first may fill the room; the next receiver goes on from here
+        streams = [*streams[turn:], *streams[:turn]]
+        if tick or (room and streams):
+            delayed = self._layout.delayed(None), self._layout.delayed(self.spec.group)
+            keys = [*delayed, *(key for stream in streams for key in (stream.lease, stream.key))]
+            arguments = [self._group, self.me, int(self._lease * 1000), room, int(tick or self._more), int(self.spec.exclusive)]
+            self._more = self._more and not room
+            command = scripts.call(scripts.TAKE, keys, [*arguments, *(stream.walk for stream in streams)])
+            steps.append((command, partial(self._taken, streams, now)))
+        return steps
 
-    def move(self) -> Command:
-        """Moves what is due to where it is read."""
-        topic, group = self.layout.topic, self.spec.group
-        keys = [names.delayed(topic, None)] + ([names.delayed(topic, group)] if group is not None else [])
-        return script(scripts.MOVE, keys, [200])
+    def _settling(self, now: float) -> list[Step]:
+        """A plain XACK settles what is another's, too: what may be, is looked at first, and its ack waits for that."""
+        steps: list[Step] = []
+        acks: dict[str, list[Entry]] = {}
+        for entry in self._acks:
+            if entry.since > now - self._lease * 0.8:
+                acks.setdefault(entry.stream.key, []).append(entry)
+            else:
+                self._renew_at = 0.0
+        for key, entries in acks.items():
+            steps.append((("XACK", key, self._group, *(entry.id for entry in entries)), partial(self._settled, entries)))
+        if now >= self._renew_at and self._group:
+            self._renew_at = now + self._lease / 3
+            if old := [entry for entry in self._ours() if entry.since < now - self._lease / 6]:
+                steps.append((self._of_mine("renew", old), partial(self._renewed, old, now)))
+        back, self._back = self._back, []
+        if not self._ordered and (self._draining or (self._waiter is None and now - self._asked_at > PATIENCE)):
+            back += self._pull(lambda _: True)
+        if back:
+            steps.append((self._of_mine("free", back), _nothing))
+        return steps
+
+    def _settled(self, entries: Sequence[Entry], done: int) -> None:
+        self._acks.difference_update(entries)
+        self.stale_acks += len(entries) - done
+
+    def _renewed(self, entries: Sequence[Entry], now: float, gone: Sequence[int]) -> None:
+        for entry in entries:
+            entry.since = now
+        for entry in (entries[number] for number in gone):
+            entry.lost = True
+            self.stale_acks += entry in self._acks
+            self._held.discard(entry)
+            self._acks.discard(entry)
+        self._pull(lambda entry: entry.lost)
+        self._work.set()
+
+    def _of_mine(self, verb: str, entries: Iterable[Entry]) -> Command:
+        numbers: dict[str, int] = {}
+        arguments: list[Any] = [verb, self._group, self.me]
+        for entry in entries:
+            arguments += (numbers.setdefault(entry.stream.key, len(numbers) + 1), entry.id)
+        return scripts.call(scripts.HELD, [*numbers], arguments)
+
+    def _leave(self, streams: Sequence[Stream]) -> Command:
+        return scripts.call(scripts.LEAVE, [key for stream in streams for key in (stream.lease, stream.key)], [self._group, self.me])
+
+    def _taken(self, streams: Sequence[Stream], since: float, answer: Sequence[Any]) -> None:
+        lost, due, states, *entries = answer
+        if lost:
+            log.error("data loss suspected: %d messages of %r are gone that %r had not settled", lost, self.spec.topic, self._group)
+        if due >= 0:
+            self._tick_at = min(self._tick_at, time.monotonic() + max(SOON, due / 1000))
+        walked = any(stream.walk for stream in streams) and self._group
+        known = {(entry.stream, entry.id) for entry in self._ours()} if walked else ()
+        for number, id_, flat, deliveries in entries:
+            self._more = self._more or deliveries > 1
+            stream = streams[int(number) - 1]
+            if (stream, id_) not in known:
+                entry = Entry(stream, id_, since)
+                envelope = envelope_of(self.spec.topic, stream.group, stream.key, id_, flat)
+                self._buffer.append(Received(envelope, entry, stream.tenure or entry, deliveries - 1))
+        last: dict[str, bytes] = {}
+        for stream, state in zip(streams, states, strict=True):
+            if not state:
+                self._lose(stream.shard)
+                continue
+            stream.walk = state[0]
+            if len(state) > 1:
+                last[stream.key] = state[1]
+        if last and (self._sleeping is None or self._sleeping.done()):
+            self._sleeping = self._loop.create_task(self._sleep(last), name=f"{self!r} sleeps")
+        if self._buffer:
+            self._wake()
+        if self._waiter is None:
+            self._demand = 0
+
+    # ------------------------------------------------------------ shards
+
+    def _gain(self, shard: int, tenure: Tenure | None) -> None:
+        part = self._parts[shard]
+        lease = own(part, "lease", self._group)
+        if self._group:
+            self._streams.append(Stream(shard, lease, own(part, "retry", self._group), self._group, tenure))
+        self._streams.append(Stream(shard, lease, part, None, tenure))
+
+    def _share_out(self, answer: Sequence[int]) -> None:
+        """An even share a process. What is too much goes when nothing of it is in hand; in a drain all of it goes at the end."""
+        quota, *mine = answer
+        for shard in self._shards.keys() - set(mine):
+            self._lose(shard)
+        for shard in set(mine) - self._shards.keys():
+            self._gain(shard, self._shards.setdefault(shard, Tenure()))
+        staying = [tenure for tenure in self._shards.values() if not tenure.draining]
+        for tenure in staying[quota:] if not self._draining else ():
+            tenure.draining = True
+        self._pull(lambda entry: entry.stream.tenure is not None and entry.stream.tenure.draining)
+
+    def _lose(self, shard: int) -> None:
+        """It went, or another has it: this process was away for longer than its lease."""
+        tenure = self._shards.pop(shard, None)
+        if tenure is not None:
+            tenure.lost = True
+            self._streams = [stream for stream in self._streams if stream.shard != shard]
+            self._held = {entry for entry in self._held if entry.stream.shard != shard}
+            self._pull(lambda entry: entry.stream.shard == shard)
+
+
+def _order(received: Received) -> tuple[int, ...]:
+    return tuple(map(int, received.token.id.split(b"-")))
+
+
+def _nothing(answer: Any) -> None:
+    """Nobody waits for it."""
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -60,7 +60,7 @@ class RedisStore(IdempotencyStore):
 
     def __init__(self, url: str, *, prefix: str = "msgbus:idempotency:") -> None:
         self._place = Place.from_url(url)
-        if self._place.scheme not in ("redis", "rediss", "redis+sentinel", "redis+cluster"):
+        if self._place.kind not in ("redis", "rediss", "sentinel", "cluster"):
             raise ConfigurationError(f"RedisStore: redis://, rediss://, redis+sentinel:// or redis+cluster://, not {self._place}")
         self._prefix = prefix.encode()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -132,15 +132,15 @@ class RedisStore(IdempotencyStore):
         place = self._place
         host, port = place.addresses[0]
         options: dict[str, Any] = {**place.options, "socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT}
-        if place.scheme == "redis+cluster":
+        if place.kind == "cluster":
             from redis.asyncio.cluster import ClusterNode, RedisCluster
 
             return RedisCluster(startup_nodes=[ClusterNode(*address) for address in place.addresses], **options)
         once = Retry(NoBackoff(), 0)  # the client's own repetition would take a claim that it has got for another's
-        if place.scheme == "redis+sentinel":
+        if place.kind == "sentinel":
             sentinel = Sentinel([*place.addresses], sentinel_kwargs={"socket_timeout": TIMEOUT})  # type: ignore[no-untyped-call]  # so it is
-            return sentinel.master_for(place.service, db=place.database, retry=once, **options)  # pyright: ignore[reportUnknownMemberType]
-        return Redis(host=host, port=port, db=place.database, ssl=place.scheme == "rediss", retry=once, **options)
+            return sentinel.master_for(place.service, retry=once, **options)  # pyright: ignore[reportUnknownMemberType]
+        return Redis(host=host, port=port, ssl=place.kind == "rediss", retry=once, **options)
 
 
 _SHA = {script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for script in (BEGIN, COMPLETE, RENEW, ABANDON)}

@@ -8,6 +8,7 @@ body is a JSON object of the fields.
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
 from msgbus.contract.envelope import CE, CONTENT_TYPE, MAX_ID, Envelope, Priority
 
@@ -16,11 +17,6 @@ ID = b"ce_id"
 KEY = b"ce_partitionkey"
 _EXPIRES = b"msgbus-expires-at"
 _PRIORITY = b"msgbus-priority"
-_CONTENT_TYPE = b"ce_datacontenttype"
-_LIMIT = 10_000
-
-_fields: dict[str, bytes] = {CONTENT_TYPE: _CONTENT_TYPE}
-_headers: dict[bytes, str] = {_CONTENT_TYPE: CONTENT_TYPE}
 _PRIORITIES: dict[bytes, Priority] = {b"high": "high", b"normal": "normal", b"low": "low"}
 
 
@@ -34,36 +30,23 @@ def fields_of(envelope: Envelope) -> list[bytes | str]:
     if envelope.priority != "normal":
         flat += (_PRIORITY, envelope.priority)
     for name, value in envelope.headers.items():
-        flat += (_fields.get(name) or _field(name), value)
+        flat += (_field(name), value)
     return flat
 
 
 def envelope_of(topic: str, group: str | None, stream: str, entry_id: bytes, flat: list[bytes]) -> Envelope:
     """Tolerates whatever others wrote."""
-    id_ = key = expires = body = None
-    priority: Priority = "normal"
-    headers: dict[str, str] = {}
+    fields = dict(zip(flat[::2], flat[1::2], strict=False))
     try:
-        names = iter(flat)
-        for name in names:
-            value = next(names)
-            if name == BODY:
-                body = value
-            elif name == ID:
-                id_ = value.decode()
-            elif name == KEY:
-                key = value.decode()
-            elif name == _EXPIRES:
-                expires = float(value)
-            elif name == _PRIORITY:
-                priority = _PRIORITIES[value]
-            else:
-                headers[_headers.get(name) or _header(name)] = value.decode()
+        id_, body = fields.pop(ID).decode(), fields.pop(BODY)
+        key, expires, priority = fields.pop(KEY, None), fields.pop(_EXPIRES, None), _PRIORITIES[fields.pop(_PRIORITY, b"normal")]
+        headers = {_header(name): value.decode() for name, value in fields.items()}
+        if 1 <= len(id_) <= MAX_ID:
+            moment = None if expires is None else float(expires)
+            return Envelope(id_, topic, body, headers, None if key is None else key.decode(), group, priority, 0.0, moment)
     except (ValueError, KeyError):  # bytes that are no UTF-8 (a ValueError), a time that is no number: nobody's envelope of ours
-        return _foreign(topic, group, stream, entry_id, flat)
-    if id_ is None or body is None or not 1 <= len(id_) <= MAX_ID:
-        return _foreign(topic, group, stream, entry_id, flat)
-    return Envelope(id_, topic, body, headers, key, group, priority, 0.0, expires)
+        pass
+    return _foreign(topic, group, stream, entry_id, flat)
 
 
 def _foreign(topic: str, group: str | None, stream: str, entry_id: bytes, flat: list[bytes]) -> Envelope:
@@ -71,7 +54,7 @@ def _foreign(topic: str, group: str | None, stream: str, entry_id: bytes, flat: 
     text = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
     id_, key = text.get("ce_id", ""), text.get("ce_partitionkey")
     body = fields.get(BODY)
-    headers = {_headers.get(name) or _header(name): text[name.decode("utf-8", "replace")] for name in fields if name not in (BODY, ID, KEY)}
+    headers = {_header(name): text[name.decode("utf-8", "replace")] for name in fields if name not in (BODY, ID, KEY)}
     if body is None:
         body = json.dumps({name: value for name, value in text.items() if not name.startswith("ce_")}).encode()
         headers = {name: value for name, value in headers.items() if name.startswith(CE)} | {CONTENT_TYPE: "application/json"}
@@ -80,24 +63,18 @@ def _foreign(topic: str, group: str | None, stream: str, entry_id: bytes, flat: 
     return Envelope(id_, topic, body, headers, key if key and len(key) <= MAX_ID else None, group)
 
 
+@lru_cache(10_000)
 def _field(name: str) -> bytes:
     if name.startswith(CE):
-        field = b"ce_" + name[len(CE) :].encode()
-    elif name == "data" or name.startswith("ce_"):
-        field = b"h:" + name.encode()
-    else:
-        field = name.encode()
-    if len(_fields) < _LIMIT:
-        _fields[name] = field
-    return field
+        return b"ce_" + name[len(CE) :].encode()
+    if name == CONTENT_TYPE:
+        return b"ce_datacontenttype"
+    return (f"h:{name}" if name == "data" or name.startswith("ce_") else name).encode()
 
 
+@lru_cache(10_000)
 def _header(field: bytes) -> str:
     name = field.decode("utf-8", "replace")
-    if name.startswith("ce_"):
-        name = CE + name[3:]
-    elif name.startswith("h:"):
-        name = name[2:]
-    if len(_headers) < _LIMIT:
-        _headers[field] = name
-    return name
+    if name == "ce_datacontenttype":
+        return CONTENT_TYPE
+    return CE + name[3:] if name.startswith("ce_") else name.removeprefix("h:")

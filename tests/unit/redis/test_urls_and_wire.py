@@ -35,9 +35,9 @@ def test_urls_are_read_and_shown_without_secrets(url: str, shown: str) -> None:
 def test_credentials_are_decoded() -> None:
     """What is special in a password is percent-encoded."""
     place = Place.from_url("redis://us%3Aer:p%40%2Fss@h")
-    assert place.options == {"username": "us:er", "password": "p@/ss"}
+    assert place.options == {"username": "us:er", "password": "p@/ss", "db": 0}
     assert "p@" not in repr(place)
-    assert Place.from_url("redis://:only@h").options == {"username": None, "password": "only"}
+    assert Place.from_url("redis://:only@h").options == {"username": None, "password": "only", "db": 0}
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,10 @@ def test_what_cannot_be_meant_is_refused_by_name(url: str, named: str) -> None:
 
 def test_all_keys_of_a_topic_are_in_one_slot() -> None:
     """Scripts touch a topic, its groups and their dead letters: one hash tag for all."""
-    layout = names.Layout("shop.orders", 2, True, False, None, "work")
-    keys = [*layout.parts(), names.meta("shop.orders"), names.delayed("shop.orders", "g"), names.retry(layout.parts()[1], "g")]
-    keys += [names.base("shop.orders.g.dead"), names.meta("shop.orders.g.dead"), names.lease(layout.parts()[0], "g")]
+    layout = names.Layout("shop.orders", 2, keyed=True)
+    dead = names.Layout("shop.orders.g.dead")
+    keys = [*layout.streams("g"), layout.meta, layout.private, layout.delayed(None), layout.delayed("g"), dead.base, dead.meta]
+    keys += [names.own(layout.parts()[0], "lease", "g"), names.own(layout.base, "members", "g")]
     assert {key[: key.index("}") + 1] for key in keys} == {"{shop.orders}"}
     assert len({*keys}) == len(keys)
 

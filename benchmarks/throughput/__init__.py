@@ -28,6 +28,8 @@ TARGETS = {
     "rabbitmq": {"drain": 1.3, "publish": 1.0},
     "kafka": {"drain": 1.0, "publish": 2.0},
 }
+LAYOUTS: dict[str, tuple[int | None, ...]] = {"kafka": (8, 1)}
+"""Partitions of the topic: as msgbus makes it, and as a broker does by itself. It matters: aiokafka's batches are a partition's."""
 WHAT = {"drain": f"drain, {IN_FLIGHT} in flight", "publish": f"publish, {PUBLISHERS} in flight"}
 GUARANTEE = (
     "Guarantee of every contender: durable topic or queue, each publish confirmed by the broker, ack after the handler has returned, "
@@ -49,11 +51,11 @@ def run(options: Options) -> list[Result]:
                 raise SystemExit(f"{name}: {why}") from why
             print(f"throughput: not on {name}: {why}", file=sys.stderr)
             continue
-        results += [measure(name, url, what, options) for what in WHAT]
+        results += [measure(name, url, what, options, shards) for what in WHAT for shards in LAYOUTS.get(name, (None,))]
     return results
 
 
-def measure(broker: str, url: str, what: str, options: Options) -> Result:
+def measure(broker: str, url: str, what: str, options: Options, shards: int | None) -> Result:
     """Rounds of all contenders. One in which a message was left behind, or lost, does not count, and another one is run."""
     rounds, count = options.rounds or ROUNDS, options.count or COUNT
     contenders = {"msgbus": OURS, BY_HAND[broker]: f"{broker}_by_hand"}
@@ -63,7 +65,7 @@ def measure(broker: str, url: str, what: str, options: Options) -> Result:
     while len(kept) < rounds:
         turn = (len(kept) + failed) % len(names)
         found = {
-            name: in_process(contenders[name], what, url, count, options.work if what == "drain" else 0.0)
+            name: in_process(contenders[name], what, url, count, options.work if what == "drain" else 0.0, shards)
             for name in names[turn:] + names[:turn]
         }
         if any(one.left for one in found.values()):
@@ -76,14 +78,17 @@ def measure(broker: str, url: str, what: str, options: Options) -> Result:
     ours, theirs = names
     ratios = [one[theirs].took.seconds / one[ours].took.seconds for one in kept]
     cpu = {name: statistics.median(one[name].took.cpu / count * 1e6 for one in kept) for name in names}
+    layout = "" if shards is None else f", {shards} partition{'s' if shards > 1 else ''}"
     waits = f", each waits {options.work * 1000:g} ms" if options.work and what == "drain" else ""
     notes = [*versions(broker, kept[0].values()), GUARANTEE]
-    notes.append(f"{broker} {what}, CPU a message in the client: " + ", ".join(f"{taken:.0f} µs {name}" for name, taken in cpu.items()))
+    notes.append(
+        f"{broker} {what}{layout}, CPU a message in the client: " + ", ".join(f"{taken:.0f} µs {name}" for name, taken in cpu.items())
+    )
     if failed:
         notes.append(f"{broker} {what}: {failed} more rounds do not count, since messages were left behind.")
     return Result(
         name=f"throughput of {count:,} messages: {broker}",
-        what=WHAT[what] + waits,
+        what=WHAT[what] + layout + waits,
         unit="/s",
         measures={name: statistics.median(count / one[name].took.seconds for one in kept) for name in names},
         ratio=statistics.median(ratios),
@@ -95,9 +100,9 @@ def measure(broker: str, url: str, what: str, options: Options) -> Result:
     )
 
 
-def in_process(contender: str, what: str, url: str, count: int, work: float) -> Run:
+def in_process(contender: str, what: str, url: str, count: int, work: float, shards: int | None) -> Run:
     """One run in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.throughput", contender, what, url, str(count), str(work)]
+    command = [sys.executable, "-m", "benchmarks.throughput", contender, what, url, str(count), str(work), str(shards or 0)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=3 * PATIENCE, check=False)
     if done.returncode:
         raise RuntimeError(f"{contender} {what} ended with exit code {done.returncode}:\n{done.stderr}")

@@ -12,8 +12,6 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from benchmarks.throughput.measuring import IN_FLIGHT, Handled, Order, Run, Task, Took, order, publish_all
 
 GROUP = "bench"
-PARTITIONS = 8
-"""As many as msgbus gives a topic."""
 
 
 async def drain(task: Task) -> Run:
@@ -70,14 +68,14 @@ def _consumer(task: Task) -> AIOKafkaConsumer:
 
 
 async def _ends(consumer: AIOKafkaConsumer, task: Task) -> dict[TopicPartition, int]:
-    ends = await consumer.end_offsets([TopicPartition(task.topic, number) for number in range(PARTITIONS)])
+    ends = await consumer.end_offsets([TopicPartition(task.topic, number) for number in range(task.shards or 1)])
     return {place: end for place, end in ends.items() if end}
 
 
 async def _create(task: Task) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=_servers(task))
     await admin.start()
-    await admin.create_topics([NewTopic(task.topic, PARTITIONS, 1)])
+    await admin.create_topics([NewTopic(task.topic, task.shards or 1, 1)])
     await admin.close()
 
 

@@ -55,12 +55,13 @@ def order(number: int) -> Order:
 
 @dataclass(frozen=True)
 class Task:
-    """What a contender is to do: `count` messages at the broker of `url`, on a topic that nobody has used."""
+    """What a contender is to do: `count` messages at the broker of `url`, on a topic that nobody has used, of `shards` where it matters."""
 
     url: str
     topic: str
     count: int
     work: float
+    shards: int | None = None
 
 
 @dataclass(frozen=True)

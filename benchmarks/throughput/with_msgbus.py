@@ -7,13 +7,14 @@ from importlib.metadata import version
 from benchmarks.throughput.measuring import IN_FLIGHT, Handled, Order, Run, Task, order, publish_all
 from msgbus import Bus, Topic
 from msgbus.contract.adapter import HasDepth, Purgeable
+from msgbus.settings import Settings
 
 GROUP = "bench"
 
 
 async def drain(task: Task) -> Run:
     """A backlog, handled by at most `IN_FLIGHT` handlers at once."""
-    bus = Bus(task.url, service=GROUP)
+    bus = _bus(task)
     orders = Topic(task.topic, Order)
     handled = Handled(task)
 
@@ -32,7 +33,7 @@ async def drain(task: Task) -> Run:
 
 async def publish(task: Task) -> Run:
     """Everything is confirmed, and there afterwards."""
-    bus = Bus(task.url, service=GROUP)
+    bus = _bus(task)
     orders = Topic(task.topic, Order)
     async with bus:
         await _declare(bus, orders)
@@ -42,6 +43,10 @@ async def publish(task: Task) -> Run:
         if isinstance(adapter, Purgeable):
             await adapter.purge(task.topic, GROUP)
         return Run(took, left, await _versions(bus))
+
+
+def _bus(task: Task) -> Bus:
+    return Bus(task.url, service=GROUP, settings=Settings() if task.shards is None else Settings(shards=task.shards))
 
 
 async def _declare(bus: Bus, orders: Topic[Order]) -> None:

@@ -380,10 +380,13 @@ class Bus(Router, Publishes):
             yield
         finally:
             relay.stop()
-            for _ in range(2):
-                await asyncio.wait([task], timeout=self._entered().close_timeout)
+            timeout = self._entered().close_timeout
+            try:
+                await asyncio.wait([task], timeout=timeout)
+            finally:
                 task.cancel()
-            self._relay = None
+                await asyncio.wait([task], timeout=timeout)
+                self._relay = None
         if not task.cancelled() and task.done():
             task.result()
 

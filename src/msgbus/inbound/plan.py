@@ -88,7 +88,7 @@ def plan_all(subscriptions: Iterable[Subscription], topics: Mapping[str, Topic[A
     for subscription in subscriptions:
         plan = _plan(subscription, topics, defaults)
         _check_capabilities(plan, adapter)
-        _check_session(plan)
+        _check_session(plan, defaults.store)
         if plan.group is not None:
             other = taken.setdefault((plan.topic.name, plan.group), plan)
             if other is not plan:
@@ -182,7 +182,7 @@ def _check_capabilities(plan: Plan, adapter: Adapter) -> None:
             raise UnsupportedFeature(f"{plan.place}: {feature}", adapter.name, alternative)
 
 
-def _check_session(plan: Plan) -> None:
+def _check_session(plan: Plan, store: IdempotencyStore | None) -> None:
     """A handler that takes a session needs a store that gives one, and a connection for each run at once."""
     if plan.signature.session is None:
         return
@@ -190,6 +190,8 @@ def _check_session(plan: Plan) -> None:
         raise ConfigurationError(
             f"{plan.place}: takes a session, and only a SqlStore gives one: Bus(store=SqlStore(...)), of msgbus.stores.sql"
         )
+    if plan.store is not store:
+        raise ConfigurationError(f"{plan.place}: takes a session of another store than Bus(store=...), whose outbox alone is relayed")
     if plan.group is None:
         raise ConfigurationError(f"{plan.place}: takes a session, with broadcast=True; the inbox lets one instance alone have the effect")
     problem = plan.store.refuses_handler(plan.concurrency, is_async=plan.signature.is_async)

@@ -105,7 +105,7 @@ class Relay:
         sent: list[int] = []
         refused: dict[int, Refusal] = {}
         try:
-            await self._send(claimed.rows, began + min(self._publish_timeout, self._lease / 2), sent, refused)
+            await self._send(claimed.rows, began + min(self._publish_timeout, self._lease / 3), sent, refused)
         finally:
             await self._settle(claimed, sent, refused, began + self._lease)
         return len(sent) + len(refused)

@@ -284,6 +284,7 @@ async def test_refused_at_start(shop: Shop) -> None:
     await refused(takes, "SqlStore", idempotency=False)
     await refused(takes, r"concurrency is 31, but .* holds 30", concurrency=31)
     await refused(takes, "broadcast", broadcast=True)
+    await refused(takes, "another store", None, idempotency=shop.store)
     await refused(takes_sync, "sync_sessions")
     await refused(takes_wrong, "takes one AsyncSession")
     await refused(takes_batch, "a batch handler takes none", batch=Batch(size=2))

@@ -50,14 +50,10 @@ def call_error(error: BaseException, doing: str) -> BrokerError | ConfigurationE
 
 
 def send_error(error: BaseException, message_id: str, alone: bool) -> BrokerError:
-    """What became of a message. `alone`: nothing else was under way on its channel, so the channel's end is the answer to this one;
-    the mates of a message that ends a channel may be stored or not (R21)."""
+    """What became of a message that was written. `alone`: nothing else was under way on its channel, so the channel's end is the answer to
+    this one; the mates of a message that ends a channel may be stored or not (R21)."""
     if isinstance(error, client.PublishError) or (alone and isinstance(error, _REFUSED)):
         return PublishRejected(f"message {message_id!r} was refused: {words(error)}")
-    if isinstance(error, client.ChannelInvalidStateError):  # raised before anything is written
-        return BrokerUnavailable(f"message {message_id!r} was not sent: the channel is closed")
-    if isinstance(error, ValueError | TypeError):
-        return PublishRejected(f"message {message_id!r} cannot be written: {words(error)}")
     return PublishUnknown(message_id, words(error))
 
 

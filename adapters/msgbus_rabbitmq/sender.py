@@ -6,9 +6,15 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import lru_cache
+from typing import Any
 
-from aiormq import Channel
+from aiormq import Channel, spec
 from aiormq import exceptions as client
+from aiormq.abc import ChannelFrame, ConfirmationFrameType
+from pamqp.body import ContentBody
+from pamqp.frame import marshal
+from pamqp.header import ContentHeader
 
 from msgbus.contract.adapter import SendOutcome
 from msgbus.contract.envelope import HEADROOM, Envelope
@@ -20,6 +26,8 @@ from msgbus_rabbitmq.names import Layout
 from msgbus_rabbitmq.wire import properties_of
 
 LayoutOf = Callable[[str], Awaitable[Layout | None]]
+
+Confirm = asyncio.Future[ConfirmationFrameType]
 
 
 class Sender:
@@ -45,9 +53,27 @@ class Sender:
         except (MsgbusError, TimeoutError) as error:
             problem = error if isinstance(error, BrokerError) else BrokerUnavailable(str(error) or "no connection in time")
             return [problem for _ in envelopes]
-        now = time.time()
         outcomes: list[SendOutcome] = [None] * len(envelopes)
-        under_way: dict[asyncio.Task[object], int] = {}
+        under_way = await self._write(channel, envelopes, outcomes, deadline)
+        if under_way:
+            alone = await self._wait(channel, under_way.values(), deadline - loop.time())
+            for id_, (confirm, number) in under_way.items():
+                channel.message_id_delivery_tag.pop(id_, None)
+                outcomes[number] = self._outcome(channel, confirm, envelopes[number].id, alone)
+        if channel.is_closed:
+            self.layouts.clear()  # perhaps since an exchange is gone
+        return outcomes
+
+    async def _write(
+        self, channel: Channel, envelopes: Sequence[Envelope], outcomes: list[SendOutcome], deadline: float
+    ) -> dict[str, tuple[Confirm, int]]:
+        """What `Channel.basic_publish` does, but in one piece: by itself each message costs a task and a call of the system.
+
+        The id that the broker would return a message with → what confirms it, and its place among the envelopes.
+        """
+        pieces: list[bytes] = []
+        places: dict[str, int] = {}
+        now = time.time()
         for number, envelope in enumerate(envelopes):
             route = self._route(envelope)
             if not isinstance(route, tuple):
@@ -55,17 +81,32 @@ class Sender:
                 continue
             exchange, key, lasting = route
             properties = properties_of(envelope, lasting, now)
-            publishing = channel.basic_publish(
-                envelope.body, exchange=exchange, routing_key=key, properties=properties, mandatory=True, wait=False
-            )
-            under_way[loop.create_task(publishing)] = number
-        if under_way:
-            alone = await self._wait(channel, under_way.keys(), deadline - loop.time())
-            for task, number in under_way.items():
-                outcomes[number] = self._outcome(channel, task, envelopes[number].id, alone)
-        if channel.is_closed:
-            self.layouts.clear()  # perhaps since an exchange is gone
-        return outcomes
+            try:
+                pieces.append(_frames(channel, exchange, key, properties, envelope.body))
+            except (ValueError, TypeError) as error:
+                outcomes[number] = PublishRejected(f"message {envelope.id!r} cannot be written: {error}")
+                continue
+            places[properties.message_id or ""] = number
+        under_way: dict[str, tuple[Confirm, int]] = {}
+        inside: Any = channel  # Any: aiormq does not say what its queue and its futures hold
+        try:
+            async with asyncio.timeout_at(deadline), channel.lock:
+                if pieces and not channel.is_closed:
+                    await inside.write_queue.put(ChannelFrame(b"".join(pieces), should_close=False))
+                    for id_, number in places.items():  # at once, so that tags are given before anything is written
+                        channel.delivery_tag += 1
+                        confirm: Confirm = inside.create_future()
+                        inside.confirmations[channel.delivery_tag] = confirm
+                        channel.message_id_delivery_tag[id_] = channel.delivery_tag
+                        under_way[id_] = confirm, number
+        except TimeoutError:
+            pass  # said below
+        if not under_way:
+            for number in places.values():
+                outcomes[number] = BrokerUnavailable(
+                    f"message {envelopes[number].id!r} was not sent: the channel is closed, or does not write"
+                )
+        return under_way
 
     async def _prepare(self, envelopes: Sequence[Envelope]) -> Channel:
         """A channel, and all that must be known: a message to an exchange that is not there would end the channel for its mates (R21)."""
@@ -97,23 +138,37 @@ class Sender:
             return (*names.delayed(envelope.delay, names.to_queue(queue) if queue else names.to_topic(envelope.topic, part)), True)
         return ("", queue, dead) if queue else (names.exchange(envelope.topic), part, dead)
 
-    async def _wait(self, channel: Channel, tasks: Collection[asyncio.Task[object]], timeout: float) -> bool:
+    async def _wait(self, channel: Channel, confirms: Collection[tuple[Confirm, int]], timeout: float) -> bool:
         """Until all have an answer, or the time is over. Whether a sole message was under way on the channel."""
-        count = len(tasks)
+        count = len(confirms)
         self._under_way[channel] += count
         alone = self._under_way[channel] == 1
         try:
-            await asyncio.wait(tasks, timeout=max(timeout, 0))
+            await asyncio.wait([confirm for confirm, _ in confirms], timeout=max(timeout, 0))
         finally:
             self._under_way[channel] -= count
-            for task in tasks:
-                task.cancel()  # the message may be stored all the same
+            for confirm, _ in confirms:
+                confirm.cancel()  # the message may be stored all the same
         return alone
 
-    def _outcome(self, channel: Channel, task: asyncio.Task[object], id_: str, alone: bool) -> SendOutcome:
-        if not task.done() or task.cancelled():  # cancelled: the client's word for a link that was lost
+    def _outcome(self, channel: Channel, confirm: Confirm, id_: str, alone: bool) -> SendOutcome:
+        if not confirm.done() or confirm.cancelled():  # cancelled: the client's word for a link that was lost
             return PublishUnknown(id_, "no answer in time, or the link was lost")
-        error = task.exception()
+        error = confirm.exception()
         if isinstance(error, client.DeliveryError) and not isinstance(error, client.PublishError) and channel is self._channel:
             self._channel = None  # a channel that was refused once is refused for ever on 3.10 (R19)
         return None if error is None else send_error(error, id_, alone)
+
+
+def _frames(channel: Channel, exchange: str, key: str, properties: spec.Basic.Properties, body: bytes) -> bytes:
+    """Of one message."""
+    number, size = channel.number, channel.max_content_size
+    contents = [marshal(ContentBody(body[start : start + size]), number) for start in range(0, len(body), size)]
+    return b"".join(
+        (_publish(number, exchange, key), marshal(ContentHeader(properties=properties, body_size=len(body)), number), *contents)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _publish(number: int, exchange: str, key: str) -> bytes:
+    return marshal(spec.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True), number)

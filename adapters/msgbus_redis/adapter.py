@@ -178,7 +178,7 @@ class RedisAdapter(Adapter):
         return layout.shards if layout is not None and layout.keyed else None
 
     async def send(self, envelopes: Sequence[Envelope], *, timeout: float) -> list[SendOutcome]:
-        """As the contract says. An id that was sent to the topic within the last two minutes is stored once."""
+        """As the contract says. An id that was sent to the topic within about the last two minutes is stored once."""
         if self._sender is None:
             return [BrokerUnavailable("the Redis adapter is not open") for _ in envelopes]
         return await self._sender.send(envelopes, timeout)
@@ -224,7 +224,7 @@ class RedisAdapter(Adapter):
     async def depth(self, topic: str, group: str) -> Depth:
         """`ready` may be approximate where entries were deleted by others. `NotFound` where there is no such group."""
         layout, ready, in_flight, _ = await self._look(topic, group, "look")
-        counts = [("ZCARD", layout.delayed(each)) for each in (None, group)]
+        counts = [("ZCARD", layout.key("delayed", each)) for each in (None, group)]
         delayed = await self._run(layout.base, *counts, what=f"depth of {topic!r}")
         return Depth(ready, in_flight, sum(delayed), approximate=True)
 

@@ -173,7 +173,7 @@ class Links:
         `BrokerError`: nothing was written. Else the client's error, or `TimeoutError`.
         """
         deadline = time.monotonic() + timeout
-        where = key if self.place.kind == "cluster" else "", lane
+        where = key.partition("}")[0] if self.place.kind == "cluster" else "", lane
         link = self._shared.get(where)
         if link is None or not link.alive:
             try:

@@ -47,7 +47,7 @@ class Layout:
         """From the topic's hash, as the broker answers it. `TopologyMismatch` where it is not ours."""
         facts = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
         if "shards" not in facts:
-            raise TopologyMismatch(f"topic {topic!r}: key {cls(topic).meta!r}", "a topic's hash", "one that says no shards")
+            raise TopologyMismatch(f"topic {topic!r}: key {cls(topic).key('meta')!r}", "a topic's hash", "one that says no shards")
         flags = facts.get("keyed") == "1", facts.get("priorities") == "1"
         return cls(topic, max(int(facts["shards"]), 1), *flags, int(facts.get("retain", 0)), facts.get("kind", "work"))
 
@@ -56,20 +56,10 @@ class Layout:
         """What every key begins with."""
         return base(self.topic)
 
-    @property
-    def meta(self) -> str:
-        """The hash that says what the topic is."""
-        return f"{self.base}:meta"
-
-    @property
-    def private(self) -> str:
-        """The private readers that there are, and until when."""
-        return f"{self.base}:private"
-
-    def delayed(self, group: str | None) -> str:
-        """What waits for its time: of all groups, or of one."""
-        key = f"{self.base}:delayed"
-        return key if group is None else f"{key}:{group}"
+    def key(self, what: str, group: str | None = None) -> str:
+        """`meta`: the hash that says what the topic is. `delayed`: what waits for its time, of all groups or of one. `pub:`: before an
+        id, that it was sent of late. `private`: that there are private readers."""
+        return f"{self.base}:{what}" if group is None else own(self.base, what, group)
 
     def part(self, envelope: Envelope) -> str:
         """The stream that an envelope goes to."""

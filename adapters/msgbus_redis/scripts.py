@@ -35,7 +35,8 @@ end
 # target exist, number of fields, fields. -> a word a message: '' stored, 'dup', 'nogroup', 'gone' (the entry is no longer ours), an error
 SEND = """
 local group, consumer, source = unpack(ARGV, 2, 4)
-local out, at = {}, 6
+local out, at, turn = {}, 6, math.floor(now / ARGV[1])
+local seen, before = KEYS[1] .. turn, KEYS[1] .. (turn - 1)
 if source ~= '' and #redis.call('XPENDING', KEYS[2], group, source, source, 1, consumer) == 0 then return {'gone'} end
 for m = 1, tonumber(ARGV[5]) do
   local id, target, set, delay, must, count = unpack(ARGV, at, at + 5)
@@ -43,7 +44,7 @@ for m = 1, tonumber(ARGV[5]) do
   target = KEYS[tonumber(target)]
   if must == '1' and redis.call('EXISTS', target) == 0 then
     out[m] = 'nogroup'
-  elseif id ~= '' and not redis.call('SET', KEYS[1] .. id, 1, 'NX', 'PX', ARGV[1]) then
+  elseif id ~= '' and (redis.call('SISMEMBER', before, id) == 1 or redis.call('SADD', seen, id) == 0) then
     out[m] = 'dup'
   else
     local done
@@ -54,10 +55,11 @@ for m = 1, tonumber(ARGV[5]) do
       done = redis.pcall('ZADD', KEYS[tonumber(set)], now + delay, member)
     end
     out[m] = type(done) == 'table' and done.err or ''
-    if out[m] ~= '' and id ~= '' then redis.call('DEL', KEYS[1] .. id) end
+    if out[m] ~= '' and id ~= '' then redis.call('SREM', seen, id) end
   end
   at = last + 1
 end
+redis.call('PEXPIRE', seen, 2 * ARGV[1])
 if source ~= '' and out[1] == '' then redis.call('XACK', KEYS[2], group, source) end
 return out
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -20,9 +20,6 @@ from msgbus_redis.names import Layout, own
 from msgbus_redis.topology import Topology
 from msgbus_redis.wire import fields_of
 
-CHUNK = 256
-CHUNK_BYTES = 4 * 1024 * 1024
-"""Messages, and bytes of bodies, that one script writes: other clients wait meanwhile."""
 SEEN_FOR = 120
 """Seconds for which a second send of an id to a topic is recognised."""
 TRIM = 60.0
@@ -52,7 +49,6 @@ class Sender:
 
     async def send(self, envelopes: Sequence[Envelope], timeout: float) -> list[SendOutcome]:
         """One outcome an envelope; topics side by side, the envelopes of one in order."""
-        deadline = time.monotonic() + timeout
         outcomes: list[SendOutcome] = [self._too_large(envelope) for envelope in envelopes]
         topics: dict[str, list[int]] = {}
         for index, envelope in enumerate(envelopes):
@@ -60,20 +56,10 @@ class Sender:
                 topics.setdefault(envelope.topic, []).append(index)
 
         async def send_to(indexes: list[int]) -> None:
-            before: SendOutcome = None
-            for chunk in _chunks(envelopes, indexes):
-                if isinstance(before, BrokerUnavailable | PublishUnknown):  # what follows must not overtake what may be sent again
-                    results: list[SendOutcome] = [BrokerUnavailable("not sent: a message before it was not confirmed") for _ in chunk]
-                else:
-                    results = await self._store([envelopes[index] for index in chunk], deadline - time.monotonic())
-                    before = next((outcome for outcome in results if isinstance(outcome, BrokerUnavailable | PublishUnknown)), None)
-                for index, outcome in zip(chunk, results, strict=True):
-                    outcomes[index] = outcome
+            for index, outcome in zip(indexes, await self._store([envelopes[index] for index in indexes], timeout), strict=True):
+                outcomes[index] = outcome
 
-        if len(topics) == 1:
-            await send_to(next(iter(topics.values())))
-        else:
-            await asyncio.gather(*map(send_to, topics.values()))
+        await asyncio.gather(*map(send_to, topics.values()))
         return outcomes
 
     async def forward(self, envelope: Envelope, source: Source, timeout: float) -> SendOutcome:
@@ -86,16 +72,16 @@ class Sender:
             return None
         return MessageTooLarge(f"message {envelope.id!r}, body of {size} bytes: {self._max_body} are taken (option max_body)")
 
-    async def _store(self, chunk: Sequence[Envelope], timeout: float, source: Source | None = None) -> list[SendOutcome]:
+    async def _store(self, envelopes: Sequence[Envelope], timeout: float, source: Source | None = None) -> list[SendOutcome]:
         deadline = time.monotonic() + timeout
         try:
             if timeout <= 0:
                 raise BrokerUnavailable("not sent: no time was left")
-            layout = await self.topology.layout(chunk[0].topic, timeout)
+            layout = await self.topology.layout(envelopes[0].topic, timeout)
             confirm: list[Command] = []
             if self._durability != "broker":
                 confirm = [(*(("WAITAOF", 1, 0) if self._durability == "fsync" else ("WAIT", self._replicas)), max(1, int(timeout * 900)))]
-            commands = [_command(layout, chunk, source), *confirm, *self.topology.trims(layout, None, TRIM)]
+            commands = [_command(layout, envelopes, source), *confirm, *self.topology.trims(layout, None, TRIM)]
             lane = f"sending {next(self._turns) % LANES if confirm else 0}"
             word, *behind = await self.topology.links.call(
                 layout.base, *commands, timeout=max(0.001, deadline - time.monotonic()), lane=lane
@@ -103,9 +89,9 @@ class Sender:
             if isinstance(word, client.RedisError):  # the script wrote nothing: what fails for one message alone is in its list of answers
                 raise word
         except CLIENT_ERRORS as error:
-            return [send_error(error, envelope.id) for envelope in chunk]
+            return [send_error(error, envelope.id) for envelope in envelopes]
         problem = self._unconfirmed(behind[0]) if confirm else None
-        return [_outcome(envelope, found, problem) for envelope, found in zip(chunk, word, strict=True)]
+        return [_outcome(envelope, found, problem) for envelope, found in zip(envelopes, word, strict=True)]
 
     def _unconfirmed(self, answer: Any) -> str | None:
         """Why what was written is not as durable as asked; None: it is."""
@@ -116,23 +102,11 @@ class Sender:
         return None if answer >= self._replicas else f"written, but at {answer} replicas in time, not {self._replicas}"
 
 
-def _chunks(envelopes: Sequence[Envelope], indexes: list[int]) -> Iterator[list[int]]:
-    chunk: list[int] = []
-    size = 0
-    for index in indexes:
-        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(index)
-        size += len(envelopes[index].body)
-    yield chunk
-
-
-def _command(layout: Layout, chunk: Sequence[Envelope], source: Source | None) -> Command:
-    keys = [f"{layout.base}:pub:", source.stream if source else layout.base]
+def _command(layout: Layout, envelopes: Sequence[Envelope], source: Source | None) -> Command:
+    keys = [layout.key("pub:"), source.stream if source else layout.base]
     numbers: dict[str, int] = {}
-    arguments: list[Any] = [SEEN_FOR * 1000, *(source[1:] if source else ("", "", "")), len(chunk)]
-    for envelope in chunk:
+    arguments: list[Any] = [SEEN_FOR * 1000, *(source[1:] if source else ("", "", "")), len(envelopes)]
+    for envelope in envelopes:
         group = envelope.group
         part = layout.part(envelope)
         target = part if group is None else own(part, "retry", group)
@@ -141,7 +115,7 @@ def _command(layout: Layout, chunk: Sequence[Envelope], source: Source | None) -
         arguments += (
             envelope.id if group is None and source is None else "",  # a retry's id is that of its original
             numbers.setdefault(target, len(numbers) + 3),
-            numbers.setdefault(layout.delayed(group), len(numbers) + 3) if delay else 0,
+            numbers.setdefault(layout.key("delayed", group), len(numbers) + 3) if delay else 0,
             delay,
             0 if group is None else 1,
             len(fields),

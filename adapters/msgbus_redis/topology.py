@@ -28,7 +28,7 @@ class Topology:
     async def layout(self, topic: str, timeout: float = CALL_TIMEOUT) -> Layout:
         """How a topic stands, as a sender must know it: one that nobody declared gets one stream, for good. Raises `BrokerError`."""
         if topic not in self._layouts:
-            meta = Layout(topic).meta
+            meta = Layout(topic).key("meta")
             pinned, asked = ("HSETNX", meta, "shards", 1), ("HGETALL", meta)
             _, flat = await self.links.run(meta, pinned, asked, what=f"topic {topic!r}", timeout=timeout)
             self._layouts[topic] = Layout.read(topic, flat)
@@ -36,7 +36,7 @@ class Topology:
 
     async def find(self, topic: str) -> Layout | None:
         """How a topic stands just now; None where it does not."""
-        meta = Layout(topic).meta
+        meta = Layout(topic).key("meta")
         (flat,) = await self.links.run(meta, ("HGETALL", meta), what=f"topic {topic!r}")
         return Layout.read(topic, flat) if flat else None
 
@@ -49,10 +49,10 @@ class Topology:
         """What is there stays as it is, but that a topic without a key takes one. `TopologyMismatch` where it differs."""
         where = f"topic {spec.name!r}"
         wanted = Layout.of(spec, self.settings.shards)
-        await self._check_kinds(where, {wanted.meta: "hash", wanted.base: "stream"})
+        await self._check_kinds(where, {wanted.key("meta"): "hash", wanted.base: "stream"})
         commands = self._topic_commands(spec) if create else []
-        asked = ("HEXISTS", wanted.meta, "declared"), ("HGETALL", wanted.meta)
-        *_, declared, flat = await self.links.run(wanted.meta, *commands, *asked, what=where)
+        asked = ("HEXISTS", wanted.key("meta"), "declared"), ("HGETALL", wanted.key("meta"))
+        *_, declared, flat = await self.links.run(wanted.key("meta"), *commands, *asked, what=where)
         if not declared:
             raise TopologyMismatch(where, "a topic", "none")
         layout = Layout.read(spec.name, flat)
@@ -95,12 +95,12 @@ class Topology:
         layout = Layout.of(spec, self.settings.shards)
         facts = {"shards": layout.shards, "kind": spec.kind, "priorities": int(spec.priorities), "declared": 1}
         facts |= {} if spec.retain is None else {"retain": layout.retain}
-        keyed = ("HSET", layout.meta, "keyed", 1) if spec.keyed else ("HSETNX", layout.meta, "keyed", 0)
-        return [*(("HSETNX", layout.meta, name, value) for name, value in facts.items()), keyed]
+        keyed = ("HSET", layout.key("meta"), "keyed", 1) if spec.keyed else ("HSETNX", layout.key("meta"), "keyed", 0)
+        return [*(("HSETNX", layout.key("meta"), name, value) for name, value in facts.items()), keyed]
 
     async def _since(self, layout: Layout, group: str, start: str) -> str:
         """Where a group begins. The topic's first one gets what was kept for it, a later one what is retained."""
-        asked = ("HMGET", layout.meta, f"g:{group}", "had"), ("TIME",)
+        asked = ("HMGET", layout.key("meta"), f"g:{group}", "had"), ("TIME",)
         (known, had), (second, _) = await self.links.run(layout.base, *asked, what=f"group {group!r} of topic {layout.topic!r}")
         if known or layout.kind == "dead" or (start == "earliest" and not had):
             return "0"
@@ -109,7 +109,7 @@ class Topology:
     async def revive(self, layout: Layout, group: str) -> None:
         """A group has vanished under its receiver. Dropped by an operator: `BrokerUnavailable`. By a FLUSHALL, a DEL: it is made again."""
         what = f"group {group!r} of topic {layout.topic!r}"
-        (dropped,) = await self.links.run(layout.base, ("HEXISTS", layout.meta, f"d:{group}"), what=what)
+        (dropped,) = await self.links.run(layout.base, ("HEXISTS", layout.key("meta"), f"d:{group}"), what=what)
         if dropped:
             raise BrokerUnavailable(f"{what} was dropped")
         await self.declare_group(layout, group, "earliest", again=True)
@@ -119,7 +119,11 @@ class Topology:
         """With all that it alone had. Its receivers must not make it again."""
         parts = layout.parts()
         mine = [own(part, what, group) for part in parts for what in ("retry", "lease", "members")]
-        noted = ("HSET", layout.meta, f"d:{group}", 1), ("HDEL", layout.meta, f"g:{group}"), ("DEL", *mine, layout.delayed(group))
+        noted = (
+            ("HSET", layout.key("meta"), f"d:{group}", 1),
+            ("HDEL", layout.key("meta"), f"g:{group}"),
+            ("DEL", *mine, layout.key("delayed", group)),
+        )
         dropped = [("XGROUP", "DESTROY", part, group) for part in parts]
         replies = await self.links.call(layout.base, *noted, *dropped, self._trim(layout, None))
         return 1 in replies[len(noted) : -1]
@@ -136,7 +140,7 @@ class Topology:
         old = self.settings.dead_letter_retention if layout.kind == "dead" else None
         first, lag = int(self.settings.first_group_retention * 1000), int(self.settings.lease * 1000)
         arguments = [0 if group is None else len(streams) // 2, first, lag, "" if old is None else int(old * 1000)]
-        return scripts.call(scripts.TRIM, [layout.meta, layout.private, *streams], arguments)
+        return scripts.call(scripts.TRIM, [layout.key("meta"), layout.key("private"), *streams], arguments)
 
     def trims(self, layout: Layout, group: str | None, every: float) -> list[Command]:
         """That, if it was not done here for `every` seconds."""
@@ -150,4 +154,4 @@ class Topology:
 def _group_commands(layout: Layout, group: str, since: str) -> list[Command]:
     streams = [("XGROUP", "CREATE", key, group, since, "MKSTREAM") for key in layout.parts()]
     streams += [("XGROUP", "CREATE", own(part, "retry", group), group, "0", "MKSTREAM") for part in layout.parts()]
-    return [*streams, ("HSET", layout.meta, f"g:{group}", 1, "had", 1), ("HDEL", layout.meta, f"d:{group}")]
+    return [*streams, ("HSET", layout.key("meta"), f"g:{group}", 1, "had", 1), ("HDEL", layout.key("meta"), f"d:{group}")]

@@ -68,7 +68,15 @@ def test_all_keys_of_a_topic_are_in_one_slot() -> None:
     """Scripts touch a topic, its groups and their dead letters: one hash tag for all."""
     layout = names.Layout("shop.orders", 2, keyed=True)
     dead = names.Layout("shop.orders.g.dead")
-    keys = [*layout.streams("g"), layout.meta, layout.private, layout.delayed(None), layout.delayed("g"), dead.base, dead.meta]
+    keys = [
+        *layout.streams("g"),
+        layout.key("meta"),
+        layout.key("private"),
+        layout.key("delayed"),
+        layout.key("delayed", "g"),
+        dead.base,
+        dead.key("meta"),
+    ]
     keys += [names.own(layout.parts()[0], "lease", "g"), names.own(layout.base, "members", "g")]
     assert {key[: key.index("}") + 1] for key in keys} == {"{shop.orders}"}
     assert len({*keys}) == len(keys)

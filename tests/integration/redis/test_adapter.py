@@ -304,6 +304,25 @@ async def test_closing_does_not_wait_for_a_read(made: Made) -> None:
     assert time.monotonic() - started < 0.5
 
 
+async def test_a_cancelled_drain_or_close_goes_on(server: Redis, made: Made) -> None:
+    """Who gives up waiting for a drain or a close does not undo it: what was held goes back, at once and uncounted."""
+    one, two = await opened(made, "lease=60"), await opened(made, "lease=60")
+    topic = await declared(one, "g")
+    await sent(one, numbered(topic, 4))
+    receiver = await one.open_receiver(ReceiverSpec(topic, "g"))
+    taken = await take(receiver, 4)
+    receiver.ack(taken[0])
+    await server.client_pause(300, all=False)
+    for ending in (receiver.drain, receiver.close):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await ending()
+    again = await take(await two.open_receiver(ReceiverSpec(topic, "g")), 3)
+    assert (bodies(again), {received.crashes for received in again}) == ([1, 2, 3], {0})
+    await receiver.close()
+    assert receiver.stale_acks == 0
+
+
 async def test_a_cancelled_receive_loses_nothing(made: Made) -> None:
     """However often, at whatever moment."""
     adapter = await opened(made, "lease=60")

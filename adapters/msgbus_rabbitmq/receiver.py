@@ -20,6 +20,8 @@ from msgbus_rabbitmq.link import CLOSE, Asking, Link
 from msgbus_rabbitmq.names import Layout, exchange
 from msgbus_rabbitmq.wire import envelope_of
 
+ACK_AFTER = 0.005
+"""Seconds that an ack may wait for others to travel with it: fewer than half a window."""
 IDLE = 0.5
 """Seconds without a `receive` after which what is buffered goes back: the core asks again within as many."""
 
@@ -40,6 +42,7 @@ class Hold:
         self._acked: list[int] = []
         self._returned: list[int] = []
         self._writing: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def open(self, link: Link) -> None:
         """Each consumer gets a prefetch of the window."""
@@ -90,7 +93,10 @@ class Hold:
             self._receiver.stale_acks += 1
         else:
             self._acked.append(tag)
-            _ = self._write_soon()
+            if 2 * len(self._acked) >= self._receiver.spec.window:
+                _ = self._write_soon()
+            elif self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(ACK_AFTER, self._write_soon)
         return True
 
     async def give_back(self, tag: int) -> None:
@@ -102,6 +108,9 @@ class Hold:
                 await asyncio.shield(self._write_soon())
 
     def _write_soon(self) -> asyncio.Task[None]:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._writing is None or self._writing.done():
             self._writing = asyncio.get_running_loop().create_task(self._write(), name="msgbus rabbitmq settling")
         return self._writing

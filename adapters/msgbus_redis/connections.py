@@ -101,6 +101,7 @@ class Link:
                     raise reply
         except BaseException:
             self.abort()
+            await self._connection.disconnect(nowait=True)  # the reader would, but may not be there, or not have begun
             raise
 
     @property

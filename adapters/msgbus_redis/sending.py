@@ -80,7 +80,8 @@ class Sender:
             layout = await self.topology.layout(envelopes[0].topic, timeout)
             confirm: list[Command] = []
             if self._durability != "broker":
-                confirm = [(*(("WAITAOF", 1, 0) if self._durability == "fsync" else ("WAIT", self._replicas)), max(1, int(timeout * 900)))]
+                patience = max(1, int((deadline - time.monotonic()) * 750))  # ms; the rest is for connecting, and for the answer
+                confirm = [(*(("WAITAOF", 1, 0) if self._durability == "fsync" else ("WAIT", self._replicas)), patience)]
             commands = [_command(layout, envelopes, source), *confirm, *self.topology.trims(layout, None, TRIM)]
             lane = f"sending {next(self._turns) % LANES if confirm else 0}"
             word, *behind = await self.topology.links.call(

@@ -172,7 +172,7 @@ async def test_durability_is_waited_for(server: Redis, made: Made) -> None:
     """`fsync` waits for the append-only file where the server can say so, else it is refused; `replicated` without replicas is unknown."""
     replicated = await opened(made, "durability=replicated")
     topic = await declared(replicated, "g")
-    (outcome,) = await replicated.send(numbered(topic, 1), timeout=2)
+    (outcome,) = await replicated.send(numbered(topic, 1), timeout=4)
     assert isinstance(outcome, PublishUnknown)
     assert "0 replicas" in str(outcome)
     info = await server.info()

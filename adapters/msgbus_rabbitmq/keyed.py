@@ -1,29 +1,24 @@
-"""Receivers of keyed topics: each queue has one active consumer, every member of the group consumes all, and they share out who is active.
+"""Receivers of keyed topics: a queue a shard with one active consumer, and the group's members share the shards out.
 
-From 4.3 on a consumer with a higher priority becomes the active one when what the other has in hand is settled. A member's number is that
-of the exclusive queue it holds, and their count is the number of consumers of one more queue; shard s belongs to the member s modulo
-the count. Who is to have a shard consumes it anew with the time as its priority, so that the last one to claim it has it. Before 4.3 a
-shard changes hands only when its consumer ends.
+A member's number is that of the exclusive queue it holds, and their count is the number of consumers of one more queue; shard s belongs to
+the member s modulo the count. A member consumes its own shards alone, each on a channel of its own, whose end gives back in order. One that
+is another's now is left when what was handed out of it is settled; the other waits meanwhile, as the queue's next consumer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import suppress
 from itertools import count
 
 from aiormq.abc import DeliveredMessage
 
-from msgbus.contract.adapter import ReceiverSpec
+from msgbus.contract.adapter import Received, ReceiverSpec
 from msgbus.errors import BrokerUnavailable, MsgbusError
 from msgbus_rabbitmq import names
 from msgbus_rabbitmq.errors import is_locked
 from msgbus_rabbitmq.receiver import Hold, RabbitReceiver, Terms, number_of
-
-log = logging.getLogger("msgbus.rabbitmq")
 
 TICK = 0.5
 """Seconds between two looks at who is there."""
@@ -41,37 +36,51 @@ class KeyedReceiver(RabbitReceiver):
         self._crowd = names.member(spec.topic, spec.group or "")
         self._number = 0
         self._holds_number: str | None = None
-        self._shares: set[int] = set()
+        self._mine: dict[int, Hold] = {}
+        self._leaving: dict[int, asyncio.Task[None]] = {}
         self._one: asyncio.Event | None = None
+        self.holds = self._mine.values()
 
     async def open(self) -> None:
-        """Consumes all shards; in quarantine one after the other."""
+        """Consumes its share; in quarantine all shards, one after the other."""
         if self.spec.quarantine:
             self.work = asyncio.create_task(self._one_by_one(), name="msgbus rabbitmq quarantine")
             return
         await self.hold.open(self.terms.link)
-        if self.terms.modern:
-            await self._take_number(count())
-            async with self.terms.ask(f"queue {self._crowd!r}") as channel:
-                await channel.queue_declare(self._crowd, durable=True, auto_delete=True)
-            await self.hold.consume(self._crowd)
-            self._shares = await self._share()
-        self.tags = [await self.hold.consume(queue, self._priority(shard)) for shard, queue in enumerate(await self.queues())]
-        if self.terms.modern:
-            self.work = asyncio.create_task(self._take_part(), name="msgbus rabbitmq shares")
-
-    def _priority(self, shard: int) -> int | None:
-        return None if not self.terms.modern else time.time_ns() // 1_000_000 if shard in self._shares else 0
+        await self._take_number(count())
+        async with self.terms.ask(f"queue {self._crowd!r}") as channel:
+            await channel.queue_declare(self._crowd, durable=True, auto_delete=True)
+        await self.hold.consume(self._crowd)
+        await self.turn(self._adjust())
+        self.work = asyncio.create_task(self._take_part(), name="msgbus rabbitmq shares")
 
     def deaths(self, headers: Mapping[str, object]) -> int:
-        """A close in good order counts too, as the order of the queue allows no other way to give back. But it is a nack and then the end
-        of the channel, so that it counts one delivery and two acquisitions; a death counts one of each."""
+        """A close in good order counts too, as the order of the queue allows no other way to give back. But it is a nack, upon which the
+        message comes at once again, and then the end of the channel: one delivery and two acquisitions; a death counts one of each. (Only
+        what is published at the moment of a close can slip in between, and has one death too many.)"""
         return max(2 * number_of(headers, "x-delivery-count") - number_of(headers, "x-acquired-count"), 0)
 
+    async def release(self, received: Received) -> None:
+        """It is the next of its shard again, here; others get it when the shard is theirs. A nack would put it behind what waits here."""
+        hold, tag = received.token
+        if await hold.keep(tag) and not hold.tenure.draining and self._one is None:
+            assert isinstance(received.native, DeliveredMessage)  # the core hands back what it was handed
+            behind = (place for place, (other, one) in enumerate(self.buffer) if other is hold and (one.delivery_tag or 0) > tag)
+            self.buffer.insert(next(behind, len(self.buffer)), (hold, received.native))
+            self.changed.set()
+
     async def drain(self) -> None:
-        """What was not handed out goes back in `close`, by the end of the channel: a cancelled consumer's messages would come after those
-        that a standby is given at once (C10)."""
-        self.stop()
+        """Is no member any more. What was not handed out goes back in `close`, by the end of the channel: a cancelled consumer's messages
+        would come after those that a standby is given at once (C10)."""
+        if not self.draining:
+            self.stop()
+            await self.turn(self.hold.close())
+
+    async def close(self) -> None:
+        """Each shard goes back in order."""
+        await super().close()
+        await self.hold.close()
+        await asyncio.gather(*self._leaving.values())
 
     # ------------------------------------------------------------ who has what
 
@@ -102,21 +111,42 @@ class KeyedReceiver(RabbitReceiver):
         return {shard for shard in range(self.terms.layout.shards) if shard % members == self._number % members}
 
     async def _take_part(self) -> None:
-        while self.lost is None:
-            await asyncio.sleep(TICK)
-            try:
-                await self.turn(self._claim())
-            except MsgbusError as error:
-                log.debug("shares of %s: %s", self.spec.topic, error)
+        try:
+            while self.lost is None and not self.draining:
+                await asyncio.sleep(TICK)
+                await self.turn(self._adjust())
+        except MsgbusError as error:
+            self.on_lost(str(error))
 
-    async def _claim(self) -> None:
-        """What this member should have and has not, as members come and go."""
-        share = await self._share()
-        claims, self._shares = share - self._shares, share
-        queues = await self.queues()
-        for shard in claims:
-            before, self.tags[shard] = self.tags[shard], await self.hold.consume(queues[shard], self._priority(shard))
-            await self.hold.cancel(before)  # only now: were it the active one, a standby would be given what comes after its messages
+    async def _adjust(self) -> None:
+        """Takes what this member should have and has not, and leaves what it has and should not have, as members come and go."""
+        if self.draining:
+            return
+        share, queues = await self._share(), await self.queues()
+        for shard in self._mine.keys() - share - self._leaving.keys():
+            _ = self._start_leaving(shard)
+        await _all([self._enter(shard, queues[shard]) for shard in sorted(share - self._mine.keys())])
+
+    async def _enter(self, shard: int, queue: str) -> None:
+        self._mine[shard] = hold = Hold(self, queue)
+        await hold.open(self.terms.link)
+        await hold.consume(queue)
+
+    def _start_leaving(self, shard: int) -> asyncio.Task[None]:
+        self._leaving[shard] = task = asyncio.create_task(self._leave(shard), name="msgbus rabbitmq leaving a shard")
+        return task
+
+    async def _leave(self, shard: int) -> None:
+        """Nothing of it is begun any more; what runs may end."""
+        hold = self._mine[shard]
+        hold.tenure.draining = True
+        for entry in [entry for entry in self.buffer if entry[0] is hold]:
+            self.buffer.remove(entry)
+        hold.idle.clear()
+        if hold.out:
+            await hold.idle.wait()
+        await hold.close()
+        del self._mine[shard], self._leaving[shard]
 
     # ------------------------------------------------------------ quarantine
 
@@ -126,32 +156,38 @@ class KeyedReceiver(RabbitReceiver):
         try:
             while self.lost is None and not self.draining:
                 came = False
-                for queue in await self.queues():
+                for shard, queue in enumerate(await self.queues()):
                     async with self.terms.ask(f"queue {queue!r}") as channel:
                         ready = (await channel.queue_declare(queue, passive=True)).message_count
                     if ready and not self.draining:
-                        came = await self._take_one(queue) or came
+                        came = await self._take_one(shard, queue) or came
                 if not came:
                     await asyncio.sleep(LOOK / 3)
         except MsgbusError as error:
             self.on_lost(str(error))
 
-    async def _take_one(self, queue: str) -> bool:
+    async def _take_one(self, shard: int, queue: str) -> bool:
         """Whether one came; returns when it is settled."""
-        self.hold, self._one = Hold(self), asyncio.Event()
-        await self.hold.open(self.terms.link)
-        await self.hold.consume(queue)
+        self._one = asyncio.Event()
+        await self.turn(self._enter(shard, queue))
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK):
                 await self._one.wait()
-            await self.hold.idle.wait()
-        if self.lost is None:
-            await self.hold.close()
+            await self._mine[shard].idle.wait()
+        await asyncio.shield(self._start_leaving(shard))
         return self._one.is_set()
 
     def on_delivery(self, hold: Hold, message: DeliveredMessage) -> None:
-        """In quarantine the first alone."""
-        if self._one is None or not self._one.is_set():
-            super().on_delivery(hold, message)
+        """In quarantine the first alone; of a shard that is being left none."""
+        if hold.tenure.draining or (self._one is not None and self._one.is_set()):
+            return
+        super().on_delivery(hold, message)
         if self._one is not None:
             self._one.set()
+
+
+async def _all(calls: list[Coroutine[object, object, None]]) -> None:
+    """Waits for all, also where one fails: a call that is cut off leaves a consumer behind."""
+    for error in await asyncio.gather(*calls, return_exceptions=True):
+        if error is not None:
+            raise error

@@ -36,6 +36,8 @@ class Transport(TransportFactory):
             context = await provider.get_context() if url.scheme == "amqps" else None
         except OSError as error:
             raise ConfigurationError(f"cafile, capath, certfile or keyfile cannot be read: {error}") from error
+        if self.writer is not None:
+            self.writer.transport.abort()  # whatever became of the connection before
         reader, self.writer = await asyncio.open_connection(url.host, url.port, ssl=context)
         return reader, self.writer
 

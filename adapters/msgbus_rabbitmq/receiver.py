@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -29,14 +29,19 @@ IDLE = 0.5
 class Hold:
     """One channel's deliveries, from its opening to its end. What is settled goes out in batches, in the right order.
 
-    A tag belongs to its channel: after its end a word about it is moot (R2).
+    A tag belongs to its channel: after its end a word about it is moot (R2). `shard`: the queue of a shard, where only the channel's end
+    gives back in order.
     """
 
-    def __init__(self, receiver: RabbitReceiver) -> None:
+    def __init__(self, receiver: RabbitReceiver, shard: str | None = None) -> None:
         self.tenure = Tenure()
         self.unsettled: dict[int, None] = {}  # in the order of the tags
+        self.out: set[int] = set()
+        """What was handed out and has no word yet."""
         self.idle = asyncio.Event()
+        """Set when the last of `out` has had its word, and that is written; or when the channel is over."""
         self._receiver = receiver
+        self._shard = shard
         self._over = True  # until it is open; the core writes into tenures too
         self._channel: Channel
         self._acked: list[int] = []
@@ -53,11 +58,10 @@ class Hold:
             await channel.basic_qos(prefetch_count=self._receiver.spec.window)
         self._over = False
 
-    async def consume(self, queue: str, priority: int | None = None) -> str:
+    async def consume(self, queue: str) -> str:
         """The consumer's tag, new each time: one that the broker has cancelled may still be taken (R12)."""
         async with calling(f"consuming {queue!r}"):
-            arguments = None if priority is None else {"x-priority": priority}
-            return (await self._channel.basic_consume(queue, self._on_message, arguments=arguments)).consumer_tag or ""  # type: ignore[arg-type]  # a field table
+            return (await self._channel.basic_consume(queue, self._on_message)).consumer_tag or ""
 
     async def cancel(self, tag: str) -> None:
         """When it returns, all that came by this consumer has been delivered."""
@@ -89,6 +93,7 @@ class Hold:
         if tag not in self.unsettled:
             return False
         del self.unsettled[tag]
+        self.out.discard(tag)
         if self._over:
             self._receiver.stale_acks += 1
         else:
@@ -103,9 +108,18 @@ class Hold:
         """When it returns, the broker will have it before any later word. Twice is once."""
         if tag in self.unsettled:
             del self.unsettled[tag]
+            self.out.discard(tag)
             if not self._over:
                 self._returned.append(tag)
                 await asyncio.shield(self._write_soon())
+
+    async def keep(self, tag: int) -> bool:
+        """It will not be settled by who had it, and goes back with the rest, by the end of the channel. Twice is once: False."""
+        if tag not in self.out or self._over:
+            return False
+        self.out.discard(tag)
+        await asyncio.shield(self._write_soon())
+        return True
 
     def _write_soon(self) -> asyncio.Task[None]:
         if self._timer is not None:
@@ -131,7 +145,7 @@ class Hold:
             except (client.AMQPError, client.ChannelInvalidStateError):
                 self._acked += acked  # too late, all of them
                 self._end("the channel was closed")
-        if not self.unsettled:
+        if not self.out:
             self.idle.set()
 
     async def close(self) -> None:
@@ -141,9 +155,12 @@ class Hold:
                 await self._write_soon()
                 if not self._over:
                     self._over = True
+                    if self._shard is not None:  # a question whose answer comes after all that our acks have set in motion
+                        await self._channel.basic_consume(self._shard, self._on_message)
                     await self._channel.basic_nack(0, multiple=True, wait=False)
                     await self._channel.close()
         self._over = self.tenure.lost = True
+        self.idle.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +185,7 @@ class RabbitReceiver(Receiver):
         self.terms = terms
         self.spec = spec
         self.hold = Hold(self)
+        self.holds: Collection[Hold] = (self.hold,)
         self.draining = False
         self.lost: str | None = None
         self.changed = asyncio.Event()
@@ -175,7 +193,7 @@ class RabbitReceiver(Receiver):
         self._queues: list[str] = []
         self.work: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._buffer: deque[tuple[Hold, DeliveredMessage]] = deque()
+        self.buffer: deque[tuple[Hold, DeliveredMessage]] = deque()
         self._closing, self._consuming = asyncio.Lock(), asyncio.Lock()
         self._closed = self._asking = False
         self._left = 0.0
@@ -211,10 +229,9 @@ class RabbitReceiver(Receiver):
                 raise BrokerUnavailable(f"receiving from {self.spec.topic!r}: {self.lost or 'the receiver is closed'}")
             if self.draining:
                 return []
-            buffered = len(self._buffer)
-            room = min(limit, buffered, self.spec.window - len(self.hold.unsettled) + buffered)
+            room = min(limit, len(self.buffer), self.spec.window - sum([len(hold.out) for hold in self.holds]))
             if room > 0:
-                return [self._hand_out(*self._buffer.popleft()) for _ in range(room)]
+                return [self._hand_out(*self.buffer.popleft()) for _ in range(room)]
             self.changed.clear()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -225,7 +242,7 @@ class RabbitReceiver(Receiver):
     def ack(self, received: Received) -> None:
         """Acks travel together: see `Hold`."""
         hold, tag = received.token
-        if hold.ack(tag) and self._buffer:
+        if hold.ack(tag) and self.buffer:
             self.changed.set()
 
     async def release(self, received: Received) -> None:
@@ -251,7 +268,7 @@ class RabbitReceiver(Receiver):
                 if self.lends:
                     with suppress(BrokerError):  # what is lost is given back already
                         await self._cancel()
-                await self.hold.close()
+                await asyncio.gather(*(hold.close() for hold in list(self.holds)))
                 self.terms.closed(self)
 
     def turn(self, work: Coroutine[object, object, None]) -> asyncio.Future[None]:
@@ -281,20 +298,20 @@ class RabbitReceiver(Receiver):
     async def _let_go(self) -> None:
         """Peers may have what was not handed out."""
         await self._cancel()
-        while self._buffer:
-            hold, message = self._buffer.popleft()
+        while self.buffer:
+            hold, message = self.buffer.popleft()
             await hold.give_back(message.delivery_tag or 0)
 
     async def _watch(self) -> None:
         while self.lost is None:
             await asyncio.sleep(IDLE)
-            if self._buffer and not self._asking and self._loop.time() - self._left >= IDLE:
+            if self.buffer and not self._asking and self._loop.time() - self._left >= IDLE:
                 with suppress(BrokerError):
                     await self.turn(self._let_go())
 
     def on_delivery(self, hold: Hold, message: DeliveredMessage) -> None:
         """Called by the hold."""
-        self._buffer.append((hold, message))
+        self.buffer.append((hold, message))
         self.changed.set()
 
     def on_lost(self, why: str) -> None:
@@ -307,7 +324,8 @@ class RabbitReceiver(Receiver):
         own = message.exchange == "" or ".g:." in (message.routing_key or "")
         envelope = envelope_of(self.spec.topic, self.spec.group if own else None, message.body, message.header.properties)
         crashes = self.deaths(headers) if headers and self.terms.modern else 0
-        return Received(envelope, (hold, message.delivery_tag or 0), hold.tenure, crashes, message)
+        hold.out.add(tag := message.delivery_tag or 0)
+        return Received(envelope, (hold, tag), hold.tenure, crashes, message)
 
     def deaths(self, headers: Mapping[str, object]) -> int:
         """What is given back is not among them: it goes by nack."""

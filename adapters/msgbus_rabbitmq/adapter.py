@@ -22,7 +22,7 @@ from msgbus_rabbitmq.url import Place, read_url
 from msgbus_rabbitmq.wire import envelope_of
 
 MODERN = (4, 3)
-"""From here on the broker counts deaths and nothing else, and hands a shard over to who claims it."""
+"""From here on the broker counts deaths and nothing else."""
 
 
 class Connected:
@@ -180,12 +180,12 @@ class RabbitAdapter(Adapter):
         lost = await self._open.topology.count(names.LOST)
         facts = {
             "broker": f"RabbitMQ {version} at {place.shown}",
-            "durability": "quorum queues: a confirm means on the disks of a majority of a queue's nodes",
+            "durability": "quorum queues: a confirm means on the disks of a majority of a queue's nodes, how many AMQP does not say",
             "body": f"at most {place.max_body} bytes",
             "un-settled": f"a message comes again after {place.consumer_timeout:g} s (option consumer_timeout, as the broker has it)",
         }
         if self._version < MODERN:
-            facts["before 4.3"] = "deaths of processes are not counted; a shard changes hands only when its consumer ends"
+            facts["before 4.3"] = "deaths of processes are not counted"
         if lost:
             facts["lost delays"] = f"{lost} messages in {names.LOST} were due for a group that is gone"
         return facts

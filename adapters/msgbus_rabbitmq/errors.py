@@ -26,15 +26,21 @@ _REFUSED = (client.ChannelAccessRefused, client.ChannelNotFoundEntity, client.Ch
 
 @asynccontextmanager
 async def calling(doing: str, seconds: float = CALL) -> AsyncGenerator[None, None]:
-    """Around calls of the client that store nothing: they are over in time, and raise msgbus's errors."""
+    """Around calls of the client that store nothing: they are over in time, and raise msgbus's errors. Who is cancelled sees that, also
+    where the client swallows it, or says something else of the channel that it has ended."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
     try:
         async with asyncio.timeout(seconds):
             yield
     except (client.AMQPError, client.ChannelInvalidStateError, OSError, asyncio.CancelledError) as error:  # TimeoutError is an OSError
-        task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise  # ours; if nobody cancelled us it is the client's word for a link that was lost (R5)
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from error
         raise call_error(error, doing) from error
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def call_error(error: BaseException, doing: str) -> BrokerError | ConfigurationError:

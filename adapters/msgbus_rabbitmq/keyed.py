@@ -56,8 +56,7 @@ class KeyedReceiver(RabbitReceiver):
 
     def deaths(self, headers: Mapping[str, object]) -> int:
         """A close in good order counts too, as the order of the queue allows no other way to give back. But it is a nack, upon which the
-        message comes at once again, and then the end of the channel: one delivery and two acquisitions; a death counts one of each. (Only
-        what is published at the moment of a close can slip in between, and has one death too many.)"""
+        message comes at once again, and then the end of the channel: one delivery and two acquisitions; a death counts one of each."""
         return max(2 * number_of(headers, "x-delivery-count") - number_of(headers, "x-acquired-count"), 0)
 
     async def release(self, received: Received) -> None:

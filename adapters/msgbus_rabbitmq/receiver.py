@@ -42,6 +42,7 @@ class Hold:
         """Set when the last of `out` has had its word, and that is written; or when the channel is over."""
         self._receiver = receiver
         self._shard = shard
+        self._came = False
         self._over = True  # until it is open; the core writes into tenures too
         self._channel: Channel
         self._acked: list[int] = []
@@ -69,9 +70,22 @@ class Hold:
             async with calling("cancelling a consumer"):
                 await self._channel.basic_cancel(tag)
 
+    async def _stand_still(self, shard: str) -> None:
+        """From now on a nack, and then the channel's end, is for the same messages: in their order, and none counts a death too many.
+
+        A consumer before whom others come is given no more, and what he had been given is here when the next one has been accepted. The
+        last in the row is given what will be nacked, and has no room for more.
+        """
+        for priority in (1, 2):
+            await self._channel.basic_qos(prefetch_count=len(self.unsettled) if priority == 2 else 1)
+            await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": priority})
+            if not self.unsettled:
+                break
+
     async def _on_message(self, message: DeliveredMessage) -> None:
         """Only notes it: what the client runs here it cancels when the link is lost (R1)."""
         if not self._over:
+            self._came = True
             self.unsettled[message.delivery_tag or 0] = None
             self._receiver.on_delivery(self, message)
 
@@ -154,10 +168,12 @@ class Hold:
             async with calling("closing a channel", CLOSE):
                 await self._write_soon()
                 if not self._over:
+                    counted = self._shard is not None and self._receiver.terms.modern
+                    if counted and self._came:
+                        await self._stand_still(self._shard or "")
                     self._over = True
-                    if self._shard is not None:  # a question whose answer comes after all that our acks have set in motion
-                        await self._channel.basic_consume(self._shard, self._on_message)
-                    await self._channel.basic_nack(0, multiple=True, wait=False)
+                    if self._shard is None or counted:
+                        await self._channel.basic_nack(0, multiple=True, wait=False)
                     await self._channel.close()
         self._over = self.tenure.lost = True
         self.idle.set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from aiormq import Channel
 from aiormq import spec as amqp
@@ -18,14 +18,14 @@ from pamqp.common import FieldTable
 
 from msgbus.contract.adapter import AdapterSettings, TopicSpec
 from msgbus.contract.address import DEAD_GROUP
-from msgbus.errors import BrokerUnavailable, ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
+from msgbus.errors import BrokerError, BrokerUnavailable, ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
 from msgbus_rabbitmq import names
-from msgbus_rabbitmq.errors import CALL, calling, is_locked, is_missing
+from msgbus_rabbitmq.errors import calling, is_locked, is_missing
 from msgbus_rabbitmq.link import Asking, Link
 from msgbus_rabbitmq.names import Layout
 from msgbus_rabbitmq.wire import MOVED
 
-BATCH = 100
+BATCH = 256
 _CURRENT = re.compile(r"current is (?:the value )?'([^']*)'")
 _PATIENCE = 0.05
 """Seconds after which an empty queue is looked at again: what was routed to it before may still be on its way."""
@@ -153,44 +153,54 @@ class Topology:
                 await channel.queue_bind(names.unclaimed(topic), names.exchange(topic), "#")
 
     async def _move(self, layout: Layout, group: str, kept: str) -> None:
-        """From what was kept to the group's queues, confirmed there before it is acked here."""
+        """From what was kept to the group's queues, confirmed there before it is acked here: a batch at a time, for as long as it takes.
+        The channel's end gives back in order what it had of the rest."""
         queues = {part: layout.queue(group, part) for part in layout.parts}
+        channel = await self._link.channel(confirms=True)
         quiet = 0
-        while quiet < 2 and await self.count(kept) is not None:
-            async with self._ask(f"queue {kept!r}") as channel:
-                batch = await _get(channel, kept, BATCH)
-                stores: list[Coroutine[object, object, None]] = []
-                for message in batch:
-                    properties = message.header.properties
-                    properties.headers = {**(properties.headers or {}), MOVED: "1"}
-                    queue = queues.get((message.routing_key or "").rpartition(".")[2], queues[layout.parts[0]])
-                    stores.append(_store(channel, queue, message.body, properties))
-                await asyncio.gather(*stores)
-                if batch:
-                    await channel.basic_ack(batch[-1].delivery_tag or 0, multiple=True)
-            quiet = 0 if batch else quiet + 1
-            if quiet:
-                await asyncio.sleep(_PATIENCE)
+        try:
+            async with calling(f"queue {kept!r}"):
+                await channel.basic_qos(prefetch_count=BATCH)
+            while quiet < 2 and (ready := await self.count(kept)) is not None:
+                async with calling(f"queue {kept!r}"):
+                    batch = await _take(channel, kept, min(ready, BATCH))
+                    stores: list[Coroutine[object, object, None]] = []
+                    for message in batch:
+                        properties = message.header.properties
+                        properties.headers = {**(properties.headers or {}), MOVED: "1"}
+                        queue = queues.get((message.routing_key or "").rpartition(".")[2], queues[layout.parts[0]])
+                        stores.append(_store(channel, queue, message.body, properties))
+                    await asyncio.gather(*stores)
+                    if batch:
+                        await channel.basic_ack(batch[-1].delivery_tag or 0, multiple=True)
+                quiet = 0 if batch else quiet + 1
+                if quiet:
+                    await asyncio.sleep(_PATIENCE)
+        finally:
+            with suppress(BrokerError):
+                async with calling(f"queue {kept!r}"):
+                    await channel.close()
 
     @asynccontextmanager
     async def _locked(self, topic: str) -> AsyncGenerator[None, None]:
         """One at a time: a process has an exclusive queue meanwhile, which says nothing within the process."""
         where, name = f"lock of topic {topic!r}", names.lock(topic)
         async with self._turn:
-            for tries in range(round(CALL / _PATIENCE), -1, -1):
+            while True:  # who has it works for us, and its end ends the lock
                 try:
                     async with self._ask(where) as channel:
                         await channel.queue_declare(name, exclusive=True)
                     break
                 except BrokerUnavailable as error:
-                    if not is_locked(error) or not tries:
+                    if not is_locked(error):
                         raise
                     await asyncio.sleep(_PATIENCE)
             try:
                 yield
             finally:
-                async with self._ask(where) as channel:
-                    await channel.queue_delete(name)
+                with suppress(BrokerError):  # a lost link ends the lock too; and who was cancelled must see that
+                    async with self._ask(where) as channel:
+                        await channel.queue_delete(name)
 
     async def groups(self, topic: str) -> list[str]:
         """Sorted; none where there is no such topic."""
@@ -233,8 +243,8 @@ class Topology:
                 if not batch:
                     break
         finally:
-            async with calling(f"peeking at {queue!r}"):
-                if not channel.is_closed:
+            with suppress(BrokerError):  # a call that was cancelled has ended the channel, and who was cancelled must see that
+                async with calling(f"peeking at {queue!r}"):
                     await channel.basic_nack(0, multiple=True)
                     await channel.close()
 
@@ -266,6 +276,25 @@ async def _queue(channel: Channel, name: str, arguments: FieldTable, *bindings: 
 async def _store(channel: Channel, queue: str, body: bytes, properties: amqp.Basic.Properties) -> None:
     properties.message_id, properties.delivery_mode = None, 2  # the client makes an id (R6)
     await channel.basic_publish(body, routing_key=queue, properties=properties, mandatory=True)
+
+
+async def _take(channel: Channel, queue: str, count: int) -> list[DeliveredMessage]:
+    """About `count`, the oldest, un-settled: faster than one by one. None is on its way when it returns."""
+    came: list[DeliveredMessage] = []
+    enough = asyncio.Event()
+
+    async def take(message: DeliveredMessage) -> None:
+        came.append(message)
+        if len(came) >= count:
+            enough.set()
+
+    if count:
+        tag = (await channel.basic_consume(queue, take)).consumer_tag or ""
+        with suppress(TimeoutError):  # some may have expired
+            async with asyncio.timeout(1):
+                await enough.wait()
+        await channel.basic_cancel(tag)
+    return came
 
 
 async def _get(channel: Channel, queue: str, most: int) -> list[DeliveredMessage]:

@@ -11,7 +11,7 @@ from yarl import URL
 
 from msgbus.contract.adapter import AdapterSettings
 from msgbus.contract.options import Read, boolean, durability, positive, read_options, seconds
-from msgbus.errors import ConfigurationError
+from msgbus.errors import ConfigurationError, UnsupportedFeature
 
 TLS = ("cafile", "capath", "certfile", "keyfile", "no_verify_ssl")
 
@@ -70,4 +70,8 @@ def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) ->
     if tls and parts.scheme != "amqps":
         raise ConfigurationError(f"option {min(tls)!r} of {place.shown}: TLS is amqps://")
     own = {option: read.pop(option) for option in list(read) if option in Place.__slots__}
-    return replace(place, tls=tls, **own), replace(settings, **read)
+    settings = replace(settings, **read)
+    if settings.durability == "replicated":  # how many nodes a queue has AMQP does not say; on one node a majority is one
+        instead = "a cluster of three nodes, where a confirm means two disks, and durability 'broker' or 'fsync'"
+        raise UnsupportedFeature("durability 'replicated'", "RabbitMQ", instead)
+    return replace(place, tls=tls, **own), settings

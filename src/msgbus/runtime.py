@@ -96,7 +96,7 @@ class Runtime:
         """Publishes under way get their outcome; then the adapter is closed. Bounded by `close_timeout`."""
         if self._monitoring is not None:
             self._monitoring.cancel()
-            await asyncio.wait([self._monitoring])
+            await asyncio.wait([self._monitoring], timeout=self.close_timeout)
         await self.pipeline.close(self.close_timeout)
         await self._close_adapter()
 
@@ -107,14 +107,15 @@ class Runtime:
         except TimeoutError:
             log.warning("the connection to the broker did not close within %.3g s; it is left behind", self.close_timeout)
 
-    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Tries until `publish_timeout` while the broker is away, with back-off; everything else is raised at once."""
+    async def patiently(self, call: Callable[[], Awaitable[T]], *, bounded: bool = True) -> T:
+        """Tries until `publish_timeout` while the broker is away, with back-off; everything else is raised at once. `bounded`: what is on
+        its way then is cut off; else it may end, for it consists of many calls, and the adapter bounds each."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.publish_timeout
         pause = 0.1
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(deadline if bounded else None):
                     return await call()
             except TimeoutError:
                 raise BrokerUnavailable(f"the broker did not answer within {self.publish_timeout:g} s") from None
@@ -125,10 +126,13 @@ class Runtime:
                 pause = min(pause * 2, 2.0)
 
     async def declare(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec] = (), *, create: bool | None = None) -> None:
-        """Makes topics and groups exist; with `topology=check`, or `create=False`, fails with what is missing instead."""
+        """Makes topics and groups exist; with `topology=check`, or `create=False`, fails with what is missing instead.
+
+        May take longer than `publish_timeout`: a first group is given what was kept for it, and that may be much.
+        """
         if create is None:
             create = self.settings.topology == "create"
-        await self.patiently(lambda: self.adapter.declare(topics, receivers, create=create))
+        await self.patiently(lambda: self.adapter.declare(topics, receivers, create=create), bounded=False)
 
     async def declare_subscriptions(self) -> list[Plan]:
         """Declares every topic and group that this process consumes, with their dead letters; the plans as the broker has them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from msgbus.contract.adapter import AdapterSettings
-from msgbus.errors import ConfigurationError
+from msgbus.errors import ConfigurationError, UnsupportedFeature
 from msgbus.urls import adapter_from_url
 from msgbus_rabbitmq import RabbitAdapter
 from msgbus_rabbitmq.url import read_url
@@ -53,6 +53,7 @@ def test_no_secret_in_any_repr() -> None:
         ("amqp://host?max_body=0", "'max_body'"),
         ("amqp://host?heartbeat=never", "'heartbeat'"),
         ("amqp://host?cafile=/x", "amqps://"),
+        ("amqp://host?durability=replicated", "three nodes"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(url: str, says: str) -> None:
@@ -61,3 +62,11 @@ def test_what_cannot_be_is_refused_by_name(url: str, says: str) -> None:
         adapter_from_url(url, SETTINGS)
     assert says in str(raised.value)
     assert SECRET not in str(raised.value)
+
+
+def test_durability_is_honoured_or_refused() -> None:
+    """A confirm is written to disk on a majority of nodes: that is `fsync`, and durable. How many nodes there are AMQP does not say."""
+    place, _ = read_url("amqp://host", {}, AdapterSettings(durability="fsync", require_durable=True))
+    assert place.host == "host"
+    with pytest.raises(UnsupportedFeature, match="'replicated'"):
+        read_url("amqp://host", {}, AdapterSettings(durability="replicated"))

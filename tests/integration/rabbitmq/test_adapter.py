@@ -1,0 +1,121 @@
+"""What the suite of all brokers does not ask of RabbitMQ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.brokers import Server
+
+from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
+from msgbus.contract.envelope import Envelope, new_id
+from msgbus.urls import adapter_from_url
+from msgbus_rabbitmq import RabbitAdapter
+
+pytestmark = [pytest.mark.broker("rabbitmq"), pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+async def adapter(running: Server) -> AsyncIterator[RabbitAdapter]:
+    """An open one."""
+    adapter = adapter_from_url(running.url, AdapterSettings())
+    assert isinstance(adapter, RabbitAdapter)
+    await adapter.open()
+    yield adapter
+    await adapter.close()
+
+
+async def taken(receiver: Receiver, count: int) -> list[Received]:
+    """The next `count` messages, un-settled."""
+    found: list[Received] = []
+    async with asyncio.timeout(60):
+        while len(found) < count:
+            found += await receiver.receive(count - len(found), 1.0)
+    return found
+
+
+def numbered(topic: str, numbers: range) -> list[Envelope]:
+    """Messages of one key, with a number each."""
+    return [Envelope(new_id(), topic, b"%d" % number, {}, key="key") for number in numbers]
+
+
+def numbers(batch: list[Received]) -> list[int]:
+    """Those of a batch."""
+    return [int(received.envelope.body) for received in batch]
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_first_group_is_given_a_large_backlog(adapter: RabbitAdapter, keyed: bool) -> None:
+    """10,000 messages that were published before there was a group all come to the first one, once and in order."""
+    topic, count = f"t{new_id()}", 10_000
+    await adapter.declare([TopicSpec(topic, keyed=keyed)], [])
+    for start in range(0, count, 500):
+        assert not any(await adapter.send(numbered(topic, range(start, start + 500)), timeout=30))
+    spec = ReceiverSpec(topic, "group", window=500, exclusive=keyed)
+    await adapter.declare([], [spec])
+    receiver, found = await adapter.open_receiver(spec), list[int]()
+    while len(found) < count:
+        batch = await taken(receiver, 500)
+        found += numbers(batch)
+        for received in batch:
+            receiver.ack(received)
+    assert found == list(range(count))
+    assert await receiver.receive(1, 0.5) == []
+
+
+async def test_who_is_cancelled_sees_it(adapter: RabbitAdapter) -> None:
+    """A call that is cancelled ends as cancelled, whatever it was asking the broker, and the next one is answered."""
+    topic = f"t{new_id()}"
+    await adapter.declare([TopicSpec(topic)], [ReceiverSpec(topic, "group")])
+    for tries in range(60):
+        asking = asyncio.create_task(adapter.groups(topic))
+        await asyncio.wait([asking], timeout=tries / 1000)
+        if asking.cancel():
+            await asyncio.wait([asking], timeout=10)
+            assert asking.cancelled()
+    assert await adapter.groups(topic) == ["group"]
+
+
+async def test_what_is_released_is_next_again(adapter: RabbitAdapter) -> None:
+    """A keyed topic's message that is released comes again before those behind it, also when they wait at this receiver, and also to the
+    receiver that has the shard next."""
+    topic = f"t{new_id()}"
+    spec = ReceiverSpec(topic, "group", window=10, exclusive=True)
+    await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
+    await adapter.send(numbered(topic, range(10)), timeout=10)
+    receiver = await adapter.open_receiver(spec)
+    for received in await taken(receiver, 4):
+        await receiver.release(received)
+    first, *others = batch = await taken(receiver, 10)
+    assert numbers(batch) == list(range(10))
+    receiver.ack(first)
+    await receiver.drain()
+    for received in others:
+        await receiver.release(received)
+    standby = await adapter.open_receiver(spec)
+    await receiver.close()
+    assert numbers(await taken(standby, 9)) == list(range(1, 10))
+
+
+async def test_closes_in_good_order_are_no_deaths(adapter: RabbitAdapter) -> None:
+    """What a keyed topic's receiver gives back at its close comes to the next in order and without a death, while more is published."""
+    topic = f"t{new_id()}"
+    spec = ReceiverSpec(topic, "group", window=5, exclusive=True)
+    await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
+
+    async def publishing() -> None:
+        for number in range(400):
+            await adapter.send(numbered(topic, range(number, number + 1)), timeout=30)
+
+    sender, expected = asyncio.create_task(publishing()), 0
+    while expected < 400:
+        receiver = await adapter.open_receiver(spec)
+        batch = await taken(receiver, min(5, 400 - expected))
+        assert numbers(batch) == list(range(expected, expected + len(batch)))
+        assert [received.crashes for received in batch] == [0] * len(batch)
+        for received in batch[:3]:
+            receiver.ack(received)
+        expected += len(batch[:3])
+        await receiver.close()
+    await sender

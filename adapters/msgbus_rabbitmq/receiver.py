@@ -73,14 +73,15 @@ class Hold:
     async def _stand_still(self, shard: str) -> None:
         """From now on a nack, and then the channel's end, is for the same messages: in their order, and none counts a death too many.
 
-        A consumer before whom others come is given no more, and what he had been given is here when the next one has been accepted. The
-        last in the row is given what will be nacked, and has no room for more.
+        A consumer before whom others come is given no more; what he had been given is here one question after the next one has been
+        accepted. The last in the row is given what will be nacked, and has no room for more.
         """
-        for priority in (1, 2):
-            await self._channel.basic_qos(prefetch_count=len(self.unsettled) if priority == 2 else 1)
-            await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": priority})
-            if not self.unsettled:
-                break
+        await self._channel.basic_qos(prefetch_count=1)
+        await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": 1})
+        await self._channel.basic_qos(prefetch_count=1)
+        if self.unsettled:
+            await self._channel.basic_qos(prefetch_count=len(self.unsettled))
+            await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": 2})
 
     async def _on_message(self, message: DeliveredMessage) -> None:
         """Only notes it: what the client runs here it cancels when the link is lost (R1)."""

@@ -79,6 +79,7 @@ class Hold:
         await self._channel.basic_qos(prefetch_count=1)
         await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": 1})
         await self._channel.basic_qos(prefetch_count=1)
+        await self._write_soon()
         if self.unsettled:
             await self._channel.basic_qos(prefetch_count=len(self.unsettled))
             await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": 2})
@@ -172,6 +173,7 @@ class Hold:
                     counted = self._shard is not None and self._receiver.terms.modern
                     if counted and self._came:
                         await self._stand_still(self._shard or "")
+                        await self._write_soon()
                     self._over = True
                     if self._shard is None or counted:
                         await self._channel.basic_nack(0, multiple=True, wait=False)

@@ -204,12 +204,12 @@ class Cluster:
         answer = await self._coordinate(group, OffsetFetchRequest(group, None), "reading the offsets")
         return {place: (found["offset"], found["metadata"] or "") for place, found in _by_place(answer) if found["offset"] >= 0}
 
-    async def commit(self, group: str, offsets: Committed) -> bool:
-        """Commits for a group that has no members. False: it has."""
+    async def commit(self, group: str, offsets: Committed, generation: int = -1, member: str = "") -> bool:
+        """Commits for a member, or for a group that has none. False: it is no member any more, or the group has some."""
         topics: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
         for place, (offset, metadata) in offsets.items():
             topics[place.topic].append((place.partition, offset, metadata))
-        request = OffsetCommitRequest(group, -1, "", -1, [*topics.items()])
+        request = OffsetCommitRequest(group, generation, member, -1, [*topics.items()])
         return not any(_failures(await self._coordinate(group, request, "committing", (UNKNOWN_MEMBER,))))
 
     async def members(self, group: str) -> list[str]:

@@ -1,7 +1,8 @@
 """A group's receiver: which partitions it has, the contiguous heads committed in batches, deaths counted, operators obeyed.
 
 aiokafka keeps the membership alive by heartbeats of its own; its limit on the time between polls, which would take the partitions from a
-receiver that is not read just now, is set out of the way. Who shares out is `sharing`.
+receiver that is not read just now, is set out of the way. Who shares out is `sharing`. Commits and goodbyes go by the cluster's connection:
+on aiokafka's they would wait behind its request to join, which is answered when all members have joined.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from aiokafka import ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
+from aiokafka import ConsumerRebalanceListener, TopicPartition
 
 from msgbus.contract.adapter import AdapterSettings, Received, ReceiverSpec
 from msgbus.errors import BrokerUnavailable, MsgbusError
@@ -18,7 +19,7 @@ from msgbus_kafka.cluster import BEGINNING, END, Cluster, ended
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, group_id, orders_id
 from msgbus_kafka.partition import Partition, State, read_mark, suspects_of
-from msgbus_kafka.receiver import CALL_DEADLINE, LAST_CALL_DEADLINE, KafkaReceiver, stop
+from msgbus_kafka.receiver import CALL_DEADLINE, LAST_CALL_DEADLINE, KafkaReceiver
 from msgbus_kafka.sharing import Claims, Sharing
 
 LEAVE_AFTER = 1.0
@@ -57,7 +58,8 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             max_poll_interval_ms=_NEVER,
             request_timeout_ms=session + 10_000,  # joining takes as long as a rebalance may
         )
-        self._member_id = ""
+        self._instance = instance
+        self._member_id, self._generation = "", -1  # by which our partitions came to us: a commit of an older one is refused
         self._suspended = True
         self._away = False  # from its group, until somebody receives again
         self._look_at_orders = self._look_at_group = 0.0
@@ -122,10 +124,12 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
                 moved = {partition: mark for partition, mark in marks.items() if mark != partition.committed}
                 if not moved or not self._is_member():  # a commit of one who is no member any more counts where the group is empty
                     return not moved
-                await self._consumer.commit({partition.place: OffsetAndMetadata(*mark) for partition, mark in moved.items()})
+                offsets = {partition.place: mark for partition, mark in moved.items()}
+                if not await self._cluster.commit(self._group, offsets, self._generation, self._member_id):
+                    return False
                 for partition, mark in moved.items():
                     partition.committed = mark
-        except CLIENT_ERRORS:  # after a rebalance that is no error: the partition is another's, or comes back with a new tenure
+        except (MsgbusError, *CLIENT_ERRORS):  # between two generations that is no error: the partitions may be another's
             return False
         return True
 
@@ -155,8 +159,7 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         if self._calling is not None:
             self._calling.cancel()
         await self._commit("clean", LAST_CALL_DEADLINE)
-        member = self._coordinator.member_id
-        if not await stop(self._consumer) and member:  # it waits in a rebalance; others should not wait for its session's end
+        if self._instance is None and (member := self._coordinator.member_id):
             await ended(self._cluster.dismiss(self._group, member), LAST_CALL_DEADLINE)
 
     # ------------------------------------------------------------ coming and going of partitions
@@ -183,6 +186,7 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             return
         places = set(assigned)
         thrown_out, self._member_id = self._member_id not in ("", self._coordinator.member_id), self._coordinator.member_id
+        self._generation = self._coordinator.generation
         self._lose([partition for place, partition in self._partitions.items() if thrown_out or place not in places])
         for place, partition in self._partitions.items():
             self._consumer.seek(place, partition.position)
@@ -215,7 +219,8 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         for place, mark in marks.items():
             head = committed[place][0]
             suspects = suspects_of(mark, head, found.get(place, head), self._settings.ack_window)
-            partitions.append(Partition(place, head, False, suspects, mark.replayed, committed=committed[place]))
+            settled = tuple((head + first, head + end) for first, end in mark.settled)
+            partitions.append(Partition(place, head, False, suspects, settled, mark.replayed, committed=committed[place]))
         for partition in partitions:
             partition.own = partition.place.topic == self._group + SOON
             partition.upto = partition.position

@@ -1,15 +1,17 @@
 """Where a receiver stands in a partition: what is un-settled, up to where the group is done, and who may have died over what.
 
-Kafka keeps one number a partition and group: everything before it is done. So only the contiguous head is committed; what is done above it
-is known here alone, until the head is done too. Beside the number a commit carries a text, and that counts deaths: a holder that ends well
-says so, and where it did not, what may have been in its hands is suspect of having killed it.
+Kafka keeps one number a partition and group: everything before it is done. So only the contiguous head is committed. Beside the number a
+commit carries a text. It says what is done above the head, as far as there is room, so that whoever takes over does not do it again. And it
+counts deaths: a holder that ends well says so, and where it did not, what may have been in its hands is suspect of having killed it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from aiokafka import TopicPartition
@@ -20,9 +22,14 @@ State = Literal["clean", "open", "alone"]
 Suspects = tuple[tuple[int, int], ...]
 """(end, deaths): the records before the first end that is higher than their offset."""
 
-_VERSION = "msgbus2"
-_RANGES = 16
+Ranges = tuple[tuple[int, int], ...]
+"""(first, end): the records from the first to before the end, in order."""
+
+_VERSION = "msgbus3"
+_STEPS = 16
 """So many steps of suspicion are told apart; a commit's text has its limits."""
+_RANGES = 100
+"""So many ranges above the head are told; what is done above these comes again."""
 
 
 class Mark(NamedTuple):
@@ -30,12 +37,14 @@ class Mark(NamedTuple):
 
     `state`: "clean", nobody has it in hand; "open", it is in use: if nobody says more, what was in hand died with its holder; "alone", the
     record before `upto` alone is in hand. `upto`: before it everything had been handed out. `replayed`: the last replay carried out.
+    `settled`: what is done above the head; offsets from the head on, for they are short.
     """
 
     state: str = "clean"
     upto: int = 0
     suspects: Suspects = ()
     replayed: str = ""
+    settled: Ranges = ()
 
     def text(self) -> str:
         """As it is committed."""
@@ -45,12 +54,16 @@ class Mark(NamedTuple):
 def read_mark(text: str) -> Mark:
     """The mark of a commit; of another tool's commit: nobody has it in hand."""
     try:
-        version, state, upto, suspects, replayed = json.loads(text)
+        version, state, upto, suspects, replayed, settled = json.loads(text)
         if version == _VERSION:
-            return Mark(str(state), int(upto), tuple((int(end), int(deaths)) for end, deaths in suspects), str(replayed))
+            return Mark(str(state), int(upto), _pairs(suspects), str(replayed), _pairs(settled))
     except (ValueError, TypeError):
         pass
     return Mark()
+
+
+def _pairs(found: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(one), int(other)) for one, other in found)
 
 
 def suspects_of(mark: Mark, head: int, end: int, window: int) -> Suspects:
@@ -65,7 +78,7 @@ def suspects_of(mark: Mark, head: int, end: int, window: int) -> Suspects:
             found.setdefault(min(until, reach), deaths + 1)
     for until, deaths in known:
         found.setdefault(until, deaths)
-    return tuple(sorted(found.items())[:_RANGES])
+    return tuple(sorted(found.items())[:_STEPS])
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +91,8 @@ class Partition:
     own: bool = False
     """Of the group's own topic: what is in it came to this group alone."""
     suspects: Suspects = ()
+    settled: Ranges = ()
+    """What others had done before it came to us, and is to be passed over."""
     replayed: str = ""
     upto: int = 0
     """Before it everything was handed out."""
@@ -103,9 +118,27 @@ class Partition:
         """How many holders died with this record in hand."""
         return next((deaths for end, deaths in self.suspects if offset < end), 0)
 
+    def passes(self, offset: int) -> bool:
+        """Whether a record that is about to be read was done before it came to us."""
+        while self.settled and self.settled[0][1] <= offset:
+            self.settled = self.settled[1:]
+        return bool(self.settled) and self.settled[0][0] <= offset
+
     def mark(self, state: State) -> tuple[int, str]:
         """What to commit now."""
         head = self.head()
         if self.suspects and self.suspects[0][0] <= head:
             self.suspects = tuple(step for step in self.suspects if step[0] > head)
-        return head, Mark(state, max(self.upto, head), self.suspects, self.replayed).text()
+        settled = tuple((first - head, end - head) for first, end in islice(self._above(), _RANGES))
+        return head, Mark(state, max(self.upto, head), self.suspects, self.replayed, settled).text()
+
+    def _above(self) -> Iterator[tuple[int, int]]:
+        """What is done above the head: what we have read and do not know as un-settled; beyond, what was done before us."""
+        end = self.head()
+        for offset in self.unsettled:
+            if offset > end:
+                yield end, offset
+            end = offset + 1
+        if end < self.position:
+            yield end, self.position
+        yield from ((max(first, self.position), end) for first, end in self.settled if end > self.position)

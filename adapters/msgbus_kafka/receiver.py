@@ -32,7 +32,7 @@ SETTLE_EVERY = 0.05
 """Seconds that an ack may wait for others to travel with it."""
 TEND_EVERY = 1.0
 CALL_DEADLINE = 3.0
-LAST_CALL_DEADLINE = 0.5
+LAST_CALL_DEADLINE = 0.4
 STOP_DEADLINE = 0.6
 FETCH_WAIT = 100
 """Milliseconds that a fetch waits at the broker; also how long a partition that was left out may wait to be fetched again."""
@@ -213,6 +213,8 @@ class KafkaReceiver(Receiver):
             if offset < partition.position:
                 continue
             partition.position = offset + 1
+            if partition.settled and partition.passes(offset):
+                continue
             found = self._read(partition, record)
             if found is None:
                 continue

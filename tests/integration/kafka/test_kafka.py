@@ -70,7 +70,7 @@ async def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 async def test_a_slow_head_is_never_committed_over(url: str) -> None:
-    """Committing the highest finished offset would lose the slow record at a crash."""
+    """Committing the highest finished offset would lose the slow record; committing the head alone would repeat what is done above it."""
     topic = fresh()
     async with opened(url, shards=1) as adapter:
         spec = ReceiverSpec(topic, "workers", window=10)
@@ -82,8 +82,10 @@ async def test_a_slow_head_is_never_committed_over(url: str) -> None:
         for received in taken[1:]:
             receiver.ack(received)
         await receiver.close()
+        last = envelope(topic)
+        await adapter.send([last], timeout=5)
         again = await adapter.open_receiver(spec)
-        assert [received.envelope.id for received in await take(again, 5)] == [one.id for one in sent]
+        assert [received.envelope.id for received in await take(again, 2)] == [sent[0].id, last.id]
 
 
 async def test_a_receiver_that_nobody_reads_keeps_what_is_in_hand(url: str) -> None:

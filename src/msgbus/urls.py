@@ -41,6 +41,8 @@ def adapter_from_url(url: str, settings: AdapterSettings) -> Adapter:
     """
     try:
         parts = urlsplit(url)
+        if "@" in parts.query + parts.fragment:  # what seems to be an option is the end of a password
+            raise ValueError
         pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError:  # its text may show a password
         raise ConfigurationError(

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points, metadata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -250,6 +250,8 @@ for _scheme in ("amqp", "kafka"):
     st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8).map(lambda text: f"XX{text}XX"),
     st.sampled_from(["{s}://user:{p}@host/path", "{s}://user:{p}@[::1]:5672/", "{s}://:{p}@host?limit=1", "{s}://u:{p}@h?limit={p}"]),
 )
+@example("amqp", "a?XX=1", "{s}://user:{p}@host/path")
+@example("kafka", "a@b?x=XX", "{s}://user:{p}@host/path")
 def test_no_password_shows_in_any_error_or_repr(scheme: str, password: str, pattern: str) -> None:
     """Whatever characters it has, and whatever is wrong with the URL."""
     url = pattern.format(s=scheme, p=password)

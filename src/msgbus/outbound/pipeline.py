@@ -43,18 +43,25 @@ class _Waiting(NamedTuple):
 
 
 class _Line:
-    """Of one topic: who waits, how many sends are on the way, and whether a key was ever among them: then it is one at a time."""
+    """Of one topic: who waits, how many sends are on the way, how many messages are in the batches among them, and whether a key was ever
+    seen: then it is one send at a time."""
 
-    __slots__ = ("keyed", "under_way", "waiting")
+    __slots__ = ("batched", "keyed", "under_way", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[_Waiting] = []
         self.under_way = 0
+        self.batched = 0
         self.keyed = False
 
     def may_go(self) -> bool:
         """Whether who waits goes now that a send has landed."""
         return self.under_way == 1 or not self.keyed
+
+    def share(self) -> int:
+        """How many of those who wait go now. Of many without a key one half is on the way while the other is written, or woken: if all
+        went together, broker and publishers would take turns."""
+        return MAX_BATCH if self.keyed else min(MAX_BATCH, max(MANY, (len(self.waiting) + self.batched + 1) // 2))
 
 
 class Pipeline:
@@ -127,7 +134,8 @@ class Pipeline:
     async def _flush(self, line: _Line) -> None:
         waiting = line.waiting
         while waiting and line.may_go():
-            batch, waiting[:MAX_BATCH] = waiting[:MAX_BATCH], []
+            share = line.share()
+            batch, waiting[:share] = waiting[:share], []
             now = self._loop.time()
             sendable: list[_Waiting] = []
             for entry in batch:
@@ -143,6 +151,8 @@ class Pipeline:
                     sendable.append(entry)
             if not sendable:
                 continue
+            sent = len(sendable)
+            line.batched += sent
             try:
                 outcomes = await self.deliver([entry.envelope for entry in sendable], sendable[0].deadline)
             except BaseException as error:
@@ -156,6 +166,8 @@ class Pipeline:
                 if isinstance(error, asyncio.CancelledError):
                     raise
                 return  # raised on the publishers
+            finally:
+                line.batched -= sent
             if outcomes.count(None) < len(outcomes) and not self._closed:  # the oldest one's time is over: the others keep theirs
                 soon = self._loop.time() + 0.05
                 again = [index for index in _to_send_again([one.envelope for one in sendable], outcomes) if sendable[index].deadline > soon]

@@ -173,13 +173,15 @@ async def test_a_batch_has_a_limit() -> None:
 
 
 async def test_many_without_keys_go_while_one_batch_is_on_the_way() -> None:
-    """So that broker and publishers work side by side; but no third batch, and none at all once the topic has had a key."""
+    """So that broker and publishers work side by side: a half of them goes, the other half is behind it. But no third batch, and no second
+    one once the topic has had a key: then all go together."""
     first, second = asyncio.Event(), asyncio.Event()
     adapter = Scripted(when(first), when(second))
     pipeline = Pipeline(adapter, (), 5)
     async with several(*(publish(pipeline, envelope(str(number))) for number in range(1 + 3 * MANY))):
         await eventually(lambda: len(adapter.sends) == 2)
-        assert adapter.sends == [["0"], [str(number) for number in range(1, 1 + 3 * MANY)]]
+        half = (3 * MANY + 1) // 2
+        assert adapter.sends == [["0"], [str(number) for number in range(1, 1 + half)]]
         async with several(*(publish(pipeline, envelope(f"later-{number}")) for number in range(MANY))):
             assert len(adapter.sends) == 2
             async with several(publish(pipeline, envelope("keyed", "k"))):
@@ -187,12 +189,38 @@ async def test_many_without_keys_go_while_one_batch_is_on_the_way() -> None:
                 await asyncio.sleep(0)
                 second.set()
     assert len(adapter.sends) == 3
-    assert adapter.sends[2] == [*(f"later-{number}" for number in range(MANY)), "keyed"]
+    behind = [str(number) for number in range(1 + half, 1 + 3 * MANY)]
+    assert adapter.sends[2] == [*behind, *(f"later-{number}" for number in range(MANY)), "keyed"]
     gate = asyncio.Event()
     adapter.answers = [when(gate)]
     async with several(*(publish(pipeline, envelope(f"last-{number}")) for number in range(1 + MANY))):
         assert adapter.sends[3:] == [["last-0"]]
         gate.set()
+    assert adapter.most_at_once == 2
+
+
+async def test_callers_without_keys_stay_in_two_halves() -> None:
+    """Who publishes again and again beside others: two batches of equal size, one on the way while the other one's publishers are awake."""
+    callers, rounds = 4 * MANY, 5
+
+    async def slowly(envelopes: Sequence[Envelope]) -> list[SendOutcome]:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return [None] * len(envelopes)
+
+    adapter = Scripted(*[slowly] * 100)
+    pipeline = Pipeline(adapter, (), 5)
+
+    async def caller(name: int) -> None:
+        for number in range(rounds):
+            await pipeline.publish(envelope(f"{name}-{number}"))
+
+    await asyncio.gather(*map(caller, range(callers)))
+    assert len(adapter.stored) == callers * rounds
+    sizes = [len(send) for send in adapter.sends]
+    assert sizes[:3] == [1, callers // 2, callers // 2]
+    assert max(sizes) <= callers // 2
+    assert len(sizes) <= 2 * rounds + 2
     assert adapter.most_at_once == 2
 
 

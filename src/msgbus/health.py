@@ -20,7 +20,8 @@ CHECK_UNCLAIMED = 30.0
 
 @dataclass(frozen=True, slots=True)
 class SubscriptionHealth:
-    """One subscription of this process. `counts`: done, dropped, dead, retried, failed, expired, released, stale_acks since it started."""
+    """One subscription of this process. `counts` since it started: done (of them repeated: the store knew the effect), dropped, dead,
+    retried, failed, expired, released, stale_acks."""
 
     name: str
     topic: str

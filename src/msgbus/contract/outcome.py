@@ -11,7 +11,12 @@ Reason = Literal["exhausted", "invalid", "unsupported", "expired", "poison", "re
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Handled. The group will not be sent this message again."""
+    """Handled. The group will not be sent this message again.
+
+    `repeated`: the store knew its effect from an earlier delivery, so the handler was not called.
+    """
+
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,4 +54,5 @@ class Released:
 Outcome = Done | Dropped | RetryAfter | Dead | Released
 
 DONE = Done()
+REPEATED = Done(repeated=True)
 RELEASED = Released()

@@ -47,8 +47,11 @@ class Carrier:
         """The one place where an outcome becomes what the broker is told."""
         job.outcome = None  # among the stuck it stays, and intake with it, until it is settled
         match outcome:
-            case Done():
+            case Done(repeated):
                 self._hand.counts["done"] += 1
+                if repeated:
+                    self._hand.counts["repeated"] += 1
+                    log.info("%s: %s came again, and its effect was there already", self._plan.name, job.envelope.id)
                 self._hand.finish(job, ack=True)
             case Dropped(reason):
                 self._hand.counts["dropped"] += 1

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from msgbus.context import Context
 from msgbus.contract.idempotency import AlreadyDone, Conflict, IdempotencyStore, InProgress, New
-from msgbus.contract.outcome import DONE, Dead, Done, Dropped, Outcome, RetryAfter
+from msgbus.contract.outcome import REPEATED, Dead, Done, Dropped, Outcome, RetryAfter
 from msgbus.errors import IdempotencyConflict, StoreError
 from msgbus.middleware.base import Middleware
 
@@ -44,7 +44,7 @@ class Idempotency(Middleware):
             case InProgress(remaining):
                 return RetryAfter(max(remaining, 0.05), counted=False)
             case AlreadyDone():
-                return DONE
+                return REPEATED
             case Conflict():
                 return Dead(
                     "idempotency_conflict",

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from msgbus.context import Context
 from msgbus.contract.idempotency import AlreadyDone, Conflict, InProgress
 from msgbus.contract.outbox import Transaction, TransactionalStore, Writes
-from msgbus.contract.outcome import DONE, Dead, Done, Dropped, Outcome, RetryAfter
+from msgbus.contract.outcome import REPEATED, Dead, Done, Dropped, Outcome, RetryAfter
 from msgbus.errors import IdempotencyConflict, StoreError
 from msgbus.middleware.base import Middleware
 from msgbus.middleware.idempotency import STORE_AWAY, TTL
@@ -62,7 +62,7 @@ class Inbox(Middleware):
             case InProgress(remaining):
                 return RetryAfter(max(remaining, 0.05), counted=False)
             case AlreadyDone():
-                return DONE
+                return REPEATED
             case Conflict():
                 return Dead("idempotency_conflict", IdempotencyConflict(f"idempotency key {key!r} came before, with another body"))
             case _:

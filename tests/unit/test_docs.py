@@ -1,4 +1,4 @@
-"""README.md and docs/ do what they say: their code runs, their commands exist, their links lead somewhere, their lists are complete."""
+"""README.md, docs/ and the pages of examples/ do what they say: code runs, commands exist, links lead somewhere, lists are complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import pytest
 from msgbus.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 SUITE = "msgbus.testing.adapter_suite"
 MOST_OF_IT = 75
 """Tests from which the suite counts as written."""
@@ -175,6 +175,8 @@ def check_command(words: list[str], known: dict[str, set[str]] | None) -> None:
             pass
         case ["python", "-m", "pytest", "--pyargs", package]:
             assert package.startswith(("msgbus", "my_"))
+        case ["curl", url, *_]:
+            assert url.startswith("http://127.0.0.1:8000/")  # of examples/shop: tests/integration/test_shop.py sends it
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None
         case _:
@@ -226,7 +228,7 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_every_page_can_be_reached() -> None:
-    """From README.md, by links, one comes to every page of docs/."""
+    """From README.md, by links, one comes to every page of docs/ and examples/."""
     reached: set[Path] = set()
     ahead = [ROOT / "README.md"]
     while ahead:

@@ -17,6 +17,7 @@ class Options:
     count: int | None = None
     """Messages a run."""
     brokers: Sequence[str] = ()
+    databases: Sequence[str] = ()
     work: float = 0.0
     """Seconds that a handler waits for something else."""
 

@@ -60,7 +60,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--rounds", type=int, help="rounds of each, in place of its own number")
     parser.add_argument("--broker", action="append", default=[], help="throughput: this broker alone; may be said again")
-    parser.add_argument("--count", type=int, help="throughput: messages a run (default 10,000)")
+    parser.add_argument("--database", action="append", default=[], help="relay: this database in place of postgresql; may be said again")
+    parser.add_argument("--count", type=int, help="throughput, relay: messages a run (default 10,000)")
     parser.add_argument("--work", type=float, default=0.0, metavar="MS", help="throughput: a handler waits so long (default: not at all)")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.name) - set(names()))
@@ -68,7 +69,7 @@ def main() -> int:
         parser.error(f"no benchmark is called {unknown[0]!r}; there are: {', '.join(names())}")
     if any(number is not None and number < 1 for number in (arguments.rounds, arguments.count)):
         parser.error("--rounds and --count are at least 1")
-    options = Options(arguments.rounds, arguments.count, arguments.broker, arguments.work / 1000)
+    options = Options(arguments.rounds, arguments.count, arguments.broker, arguments.database, arguments.work / 1000)
     results: list[Result] = []
     for name in arguments.name or names():
         found = importlib.import_module(f"benchmarks.{name}").run(options)

@@ -14,7 +14,7 @@ GROUP = "bench"
 
 async def drain(task: Task) -> Run:
     """A backlog, handled by at most `IN_FLIGHT` handlers at once."""
-    bus = _bus(task)
+    bus = bus_of(task)
     orders = Topic(task.topic, Order)
     handled = Handled(task)
 
@@ -23,38 +23,38 @@ async def drain(task: Task) -> Run:
         await handled.handle(one)
 
     async with bus:
-        await _declare(bus, orders)
+        await declare(bus, orders)
         await bus.publish_many(orders, map(order, range(task.count)))
     async with bus.running():
         took = await handled.all()
     async with bus:
-        return Run(took, handled.missing + await _waiting(bus, orders), await _versions(bus))
+        return Run(took, handled.missing + await waiting(bus, orders), await versions(bus))
 
 
 async def publish(task: Task) -> Run:
     """Everything is confirmed, and there afterwards."""
-    bus = _bus(task)
+    bus = bus_of(task)
     orders = Topic(task.topic, Order)
     async with bus:
-        await _declare(bus, orders)
+        await declare(bus, orders)
         took = await publish_all(task, bus.publisher(orders).publish)
-        left = task.count - await _waiting(bus, orders)
+        left = task.count - await waiting(bus, orders)
         adapter = bus.runtime.adapter
         if isinstance(adapter, Purgeable):
             await adapter.purge(task.topic, GROUP)
-        return Run(took, left, await _versions(bus))
+        return Run(took, left, await versions(bus))
 
 
-def _bus(task: Task) -> Bus:
+def bus_of(task: Task) -> Bus:
     return Bus(task.url, service=GROUP, settings=Settings() if task.shards is None else Settings(shards=task.shards))
 
 
-async def _declare(bus: Bus, orders: Topic[Order]) -> None:
+async def declare(bus: Bus, orders: Topic[Order]) -> None:
     async with bus.consumer(orders, group=GROUP):
         pass
 
 
-async def _waiting(bus: Bus, orders: Topic[Order]) -> int:
+async def waiting(bus: Bus, orders: Topic[Order]) -> int:
     adapter = bus.runtime.adapter
     if not isinstance(adapter, HasDepth):
         raise TypeError(f"{adapter.name} does not say how many messages wait")
@@ -62,6 +62,6 @@ async def _waiting(bus: Bus, orders: Topic[Order]) -> int:
     return sum(number or 0 for number in (depth.ready, depth.in_flight, depth.delayed))
 
 
-async def _versions(bus: Bus) -> dict[str, str]:
+async def versions(bus: Bus) -> dict[str, str]:
     facts = await bus.runtime.adapter.explain()
     return {"msgbus": version("msgbus"), "broker": facts.get("broker", ""), "durability": facts.get("durability", "")}

@@ -3,7 +3,7 @@ CREATE TABLE msgbus_outbox (
     message_id VARBINARY(255) NOT NULL,
     topic VARBINARY(255) NOT NULL,
     `key` VARBINARY(255),
-    shard SMALLINT,
+    shard SMALLINT NOT NULL,
     content_type VARCHAR(255) NOT NULL,
     headers LONGTEXT NOT NULL,
     payload LONGBLOB NOT NULL,
@@ -14,8 +14,6 @@ CREATE TABLE msgbus_outbox (
     status SMALLINT NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
     last_error VARCHAR(2000),
-    lease_token VARCHAR(36),
-    lease_until BIGINT,
     sent_at BIGINT,
     PRIMARY KEY (id),
     CONSTRAINT msgbus_outbox_message_id UNIQUE (message_id)
@@ -23,7 +21,7 @@ CREATE TABLE msgbus_outbox (
 CREATE INDEX msgbus_outbox_due ON msgbus_outbox (shard, status, available_at, id);
 CREATE INDEX msgbus_outbox_key ON msgbus_outbox (`key`, status, id);
 CREATE INDEX msgbus_outbox_sent_at ON msgbus_outbox (sent_at);
-CREATE INDEX msgbus_outbox_shard ON msgbus_outbox (shard, status, id);
+CREATE INDEX msgbus_outbox_shard ON msgbus_outbox (shard, status, id, available_at);
 CREATE TABLE msgbus_inbox (
     consumer VARBINARY(255) NOT NULL,
     message_id VARBINARY(255) NOT NULL,

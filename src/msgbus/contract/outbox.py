@@ -1,8 +1,8 @@
 """What a store gives beyond idempotency so that effects happen exactly once: transactions, an inbox, an outbox, and a relay's view of it.
 
-A row of the outbox is an envelope that a transaction has stored and a relay is to send. Rows with a key belong to a shard; a relay that
-has a shard's lease is the only one that sends its rows, in the order of their ids. All times are durations in seconds: the store adds
-its database's clock.
+A row of the outbox is an envelope that a transaction has stored and a relay is to send. Each belongs to a shard, with all others of its
+key; a relay that has a shard's lease is the only one that sends its rows, those of a key in the order of their ids. All times are
+durations in seconds: the store adds its database's clock.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """Rows that are this relay's to send until the lease is over, and the shards that it holds meanwhile."""
+    """Rows that are this relay's to send until the lease is over, by their ids. None: nothing is claimed, nothing to settle."""
 
     token: str
     rows: Sequence[Row] = ()
-    shards: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from msgbus.contract.adapter import SendOutcome, TopicSpec
@@ -19,8 +18,12 @@ from msgbus.errors import BrokerError, ConfigurationError, MessageError, Publish
 
 log = logging.getLogger("msgbus")
 
-BATCH = 500
+BATCH = 1000
 """Rows that one claim takes at most."""
+MUCH = BATCH // 2
+"""After so many rows there are more."""
+STREAMS = 2
+"""Batches that a relay has under way where there is much to send."""
 ATTEMPTS = 10
 """How often the broker may refuse a row until it is parked."""
 FIRST_POLL, LONGEST_POLL = 0.2, 1.0
@@ -31,6 +34,8 @@ KEEP = 86400.0
 """Seconds that a sent row is kept."""
 CARE = 60.0
 """Seconds between two cleanings."""
+MORE_CARE = 0.5
+"""Seconds between two of their chunks."""
 
 Deliver = Callable[[Sequence[Envelope], float], Awaitable[list[SendOutcome]]]
 """Envelopes and a deadline of the loop's clock → an outcome each."""
@@ -57,7 +62,7 @@ class Relay:
         self._store = store
         self._deliver = deliver
         self._declare = declare
-        self._known: set[tuple[object, ...]] = set()
+        self._declared: dict[str, TopicSpec] = {}
         self._publish_timeout = publish_timeout
         self._lease = lease
         self._loop = asyncio.get_running_loop()
@@ -81,13 +86,13 @@ class Relay:
         async with self._store.listen(self._awake.set):
             while not self._stopping:
                 self._awake.clear()
-                try:
-                    settled = await self.round()
-                    if not settled:
-                        await self._care()
-                except StoreError as error:
-                    self._note(f"the database is away: {error}")
-                    settled = 0
+                settled = await self._try(self.round)
+                if settled >= MUCH:
+                    async with asyncio.TaskGroup() as streams:
+                        for _ in range(STREAMS):
+                            streams.create_task(self._stream())
+                if self._loop.time() >= self._care_at:
+                    await self._try(self._care)
                 if settled:
                     pause = FIRST_POLL
                     continue
@@ -95,11 +100,24 @@ class Relay:
                 await self._wait(pause * random.uniform(0.7, 1.0), wakes=not away)
                 pause = min(pause * 2, LONGEST_PAUSE if away else LONGEST_POLL)
 
+    async def _stream(self) -> None:
+        """Rounds for as long as there is much to send. Two streams side by side: one reads and marks rows while the other sends."""
+        while not self._stopping and await self._try(self.round) >= MUCH:
+            pass
+
+    async def _try(self, work: Callable[[], Awaitable[int]]) -> int:
+        """What it returns; 0 while the database is away."""
+        try:
+            return await work()
+        except StoreError as error:
+            self._note(f"the database is away: {error}")
+            return 0
+
     async def round(self) -> int:
         """Claims rows, sends them and settles them; how many were sent or refused. Raises `StoreError`."""
         began = self._loop.time()
         claimed = await self._store.claim(BATCH, self._lease)
-        if not claimed.rows and not claimed.shards:
+        if not claimed.rows:
             self._note(None)
             return 0
         sent: list[int] = []
@@ -115,41 +133,42 @@ class Relay:
     async def _send(self, rows: Sequence[Row], deadline: float, sent: list[int], refused: dict[int, Refusal]) -> None:
         """Sends the rows in waves: of each key one at a time. Notes what became of them; what is in neither list is still due."""
         problem: str | None = None
-        lanes: dict[tuple[str, str | int], deque[Row]] = {}
-        for row in rows:
-            lanes.setdefault(_lane(row), deque()).append(row)
-        while lanes and self._loop.time() < deadline:
-            wave: list[Row] = []
-            for place, waiting in list(lanes.items()):
-                while waiting and waiting[0].expired:
-                    sent.append(waiting.popleft().id)
-                if not waiting:
-                    del lanes[place]
+        stuck: set[tuple[str, str | None]] = set()  # keys whose next row did not go through: what follows it waits
+        undeclared: dict[str, BrokerError | ConfigurationError] = {}
+        for wave in _waves(rows, sent):
+            if self._loop.time() >= deadline:
+                break
+            going: list[Row] = []
+            for row in wave:
+                if stuck and row.envelope.key is not None and (row.envelope.topic, row.envelope.key) in stuck:
                     continue
-                try:
-                    await self._know(waiting[0].topic)
-                except (BrokerError, ConfigurationError) as error:
-                    problem = self._judge(waiting[0], error, refused) or problem
-                    del lanes[place]
-                    continue
-                wave.append(waiting.popleft())
-            if not wave:
+                if self._declared.get(row.topic.name) is not row.topic:
+                    await self._know(row.topic, undeclared)
+                    if row.topic.name in undeclared:
+                        problem = self._judge(row, undeclared[row.topic.name], refused) or problem
+                        stuck.add((row.envelope.topic, row.envelope.key))
+                        continue
+                going.append(row)
+            if not going:
                 continue
-            for row, outcome in zip(wave, await self._deliver([row.envelope for row in wave], deadline), strict=True):
+            for row, outcome in zip(going, await self._deliver([row.envelope for row in going], deadline), strict=True):
                 if outcome is None:
                     sent.append(row.id)
                     self.sent += 1
                 else:
                     problem = self._judge(row, outcome, refused) or problem
-                    del lanes[_lane(row)]
+                    stuck.add((row.envelope.topic, row.envelope.key))
         self._note(problem)
 
-    async def _know(self, topic: TopicSpec) -> None:
-        """Declares a topic, once."""
-        marker = topic.name, topic.keyed, topic.shards, topic.priorities, topic.retain
-        if marker not in self._known:
-            await self._declare(topic)
-            self._known.add(marker)
+    async def _know(self, topic: TopicSpec, undeclared: dict[str, BrokerError | ConfigurationError]) -> None:
+        """Declares a topic, unless it is as it was the last time. Notes why it could not be."""
+        if topic.name not in undeclared and self._declared.get(topic.name) != topic:
+            try:
+                await self._declare(topic)
+            except (BrokerError, ConfigurationError) as error:
+                undeclared[topic.name] = error
+                return
+        self._declared[topic.name] = topic
 
     def _judge(self, row: Row, error: BaseException, refused: dict[int, Refusal]) -> str | None:
         """Counts a refusal. What says nothing of the row itself leaves it due, and is returned: the broker's trouble."""
@@ -190,15 +209,15 @@ class Relay:
                 self._care_at = self._loop.time()
             return
 
-    async def _care(self) -> None:
-        """Deletes what is over, a chunk a time, and counts what is parked."""
-        now = self._loop.time()
-        if now < self._care_at:
-            return
-        if await self._store.clean(KEEP):
-            return
-        self.parked = (await self._store.status(0)).parked
-        self._care_at = now + CARE * random.uniform(0.8, 1.2)
+    async def _care(self) -> int:
+        """Deletes what is over, a chunk a time, and counts what is parked; how many rows were deleted."""
+        deleted = await self._store.clean(KEEP)
+        if deleted:
+            self._care_at = self._loop.time() + MORE_CARE
+        else:
+            self.parked = (await self._store.status(0)).parked
+            self._care_at = self._loop.time() + CARE * random.uniform(0.8, 1.2)
+        return deleted
 
     # ------------------------------------------------------------ inside
 
@@ -221,6 +240,22 @@ class Relay:
             self._awake.clear()
 
 
-def _lane(row: Row) -> tuple[str, str | int]:
-    """What must be sent one after the other: the rows of a topic's key; a row without a key is alone."""
-    return row.envelope.topic, row.id if row.envelope.key is None else row.envelope.key
+def _waves(rows: Sequence[Row], expired: list[int]) -> list[list[Row]]:
+    """What may be sent together, in order: the first row of each key and all without one, then the second of each key, and so on.
+
+    What is not to be sent any more goes to `expired`.
+    """
+    waves: list[list[Row]] = [[]]
+    before: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row.expired:
+            expired.append(row.id)
+        elif row.envelope.key is None:
+            waves[0].append(row)
+        else:
+            lane = row.envelope.topic, row.envelope.key
+            number = before[lane] = before.get(lane, -1) + 1
+            if number == len(waves):
+                waves.append([])
+            waves[number].append(row)
+    return waves

@@ -5,21 +5,26 @@ Never by a cursor ("ids above the last one seen"): of two transactions the one w
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
+from pydantic_core import from_json
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    CompoundSelect,
     Connection,
     Insert,
-    Select,
     and_,
+    any_,
     bindparam,
+    cast,
     delete,
     exists,
     func,
@@ -28,19 +33,19 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    union_all,
     update,
 )
-from sqlalchemy import Row as SqlRow
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from msgbus.contract.adapter import TopicSpec
 from msgbus.contract.address import shard_of
-from msgbus.contract.envelope import CONTENT_TYPE, Envelope
+from msgbus.contract.envelope import CONTENT_TYPE, Envelope, Priority
 from msgbus.contract.outbox import Claimed, NewRow, OutboxStatus, Refusal, Row
 from msgbus.errors import OutboxError
 from msgbus.stores.sql.schema import MYSQL, PARKED, PENDING, SENT, SHARDS, OutboxTables, now_ms
 
-SHARDS_AT_ONCE = SHARDS // 2
+SHARDS_AT_ONCE = SHARDS // 4
 """How many shards one claim takes at most, so that other relays find some."""
 MAX_ERROR = 2000
 
@@ -62,7 +67,8 @@ def channel(tables: OutboxTables) -> str:
 
 def insert_rows(connection: Connection, tables: OutboxTables, rows: Sequence[NewRow]) -> None:
     """One statement (an executemany for several). An id that is there already is left alone: an error would abort the transaction."""
-    values = [_values(row) for row in rows]
+    loose = random.randrange(SHARDS)  # rows without keys may be in any; those that lie side by side are read and marked together
+    values = [_values(row, loose) for row in rows]
     if values:
         connection.execute(_insert(connection, tables), values[0] if len(values) == 1 else values)
 
@@ -81,7 +87,7 @@ def _insert(connection: Connection, tables: OutboxTables) -> Insert:
     return insert(outbox).values(times)
 
 
-def _values(row: NewRow) -> dict[str, Any]:  # Any: values of SQL
+def _values(row: NewRow, loose: int) -> dict[str, Any]:  # Any: values of SQL
     envelope, topic = row.envelope, row.topic
     spec = {name: value for name, value in asdict(topic).items() if name != "name" and value != _TOPIC_DEFAULTS[name]}
     headers = dict(envelope.headers)
@@ -94,7 +100,7 @@ def _values(row: NewRow) -> dict[str, Any]:  # Any: values of SQL
         "message_id": envelope.id,
         "topic": envelope.topic,
         "key": envelope.key,
-        "shard": None if envelope.key is None else shard_of(envelope.key, SHARDS),
+        "shard": loose if envelope.key is None else shard_of(envelope.key, SHARDS),
         "content_type": content_type,
         "headers": json.dumps(headers),
         "payload": envelope.body,
@@ -107,78 +113,72 @@ def _values(row: NewRow) -> dict[str, Any]:  # Any: values of SQL
 # ---------------------------------------------------------------- a relay
 
 
-def candidates(connection: Connection, tables: OutboxTables) -> tuple[bool, list[int]]:
-    """Whether rows without a key are due, and the free shards that have due rows. Reads only: an idle relay writes nothing."""
+def claim(connection: Connection, tables: OutboxTables, limit: int, lease: float, owner: str) -> Claimed:
+    """Takes some of the free shards that have due rows, and reads the first of them. Where there are none, it writes nothing."""
     outbox, shards = tables.outbox, tables.shards
-    due = _due(tables)
-    loose = exists().where(outbox.c.shard.is_(None), *due, _free(tables))
-    some = connection.execute(select(loose)).scalar_one()
-    keyed = select(shards.c.shard).where(shards.c.lease_until <= now_ms(), exists().where(outbox.c.shard == shards.c.shard, *due))
-    return bool(some), list(connection.scalars(keyed))
-
-
-def claim(connection: Connection, tables: OutboxTables, loose: bool, free: Sequence[int], limit: int, lease: float, owner: str) -> Claimed:
-    """Takes what `candidates` found, as far as nobody else did meanwhile."""
-    outbox, shards = tables.outbox, tables.shards
+    free = shards.c.lease_until <= now_ms()
+    due = exists().where(outbox.c.shard == shards.c.shard, *_due(tables))
+    some = list(connection.scalars(select(shards.c.shard).where(free, due)))
+    if not some:
+        return Claimed("")
     token = str(uuid.uuid4())
-    until = now_ms() + round(lease * 1000)
-    chosen = random.sample(list(free), min(len(free), SHARDS_AT_ONCE))
-    # First, even where it changes nothing: on SQLite it takes the write lock, which keeps others from claiming the same rows.
-    taking = update(shards).where(shards.c.shard.in_(chosen or [-1]), shards.c.lease_until <= now_ms())
-    connection.execute(taking.values(token=token, owner=owner, lease_until=until))
-    held = list(connection.scalars(select(shards.c.shard).where(shards.c.token == token))) if chosen else []
-    due = _due(tables)
-    found: list[SqlRow[Any]] = []  # Any: the row's columns
-    if loose:
-        unkeyed = _rows(tables).where(outbox.c.shard.is_(None), *due, _free(tables)).order_by(outbox.c.available_at, outbox.c.id)
-        share = limit if not held else limit // 2
-        found += connection.execute(unkeyed.limit(share).with_for_update(skip_locked=True)).all()
-        if found:
-            leased = update(outbox).where(outbox.c.id.in_([row.id for row in found])).values(lease_token=token, lease_until=until)
-            connection.execute(leased)
-    for shard in held:
-        keyed = _rows(tables).where(outbox.c.shard == shard, *due, _first_of_key(tables)).order_by(outbox.c.id)
-        found += connection.execute(keyed.limit(max(1, (limit - len(found)) // len(held)))).all()
-    return Claimed(token, [_read(row) for row in found], frozenset(held))
+    held = random.sample(some, min(len(some), SHARDS_AT_ONCE))
+    # Before any row is read: of two relays that found the same shards one waits here, and finds them taken.
+    taking = update(shards).where(shards.c.shard.in_(held), free)
+    taken = connection.execute(taking.values(token=token, owner=owner, lease_until=now_ms() + round(lease * 1000))).rowcount
+    if taken < len(held):
+        held = list(connection.scalars(select(shards.c.shard).where(shards.c.token == token)))
+        if not held:
+            return Claimed("")
+    wanted = _first_rows(tables, connection.dialect.name, len(held), max(1, limit // len(held)))
+    rows = connection.execute(wanted, {f"shard{number}": shard for number, shard in enumerate(held)}).all()
+    if not rows:
+        _give_back(connection, tables, token)
+        return Claimed("")
+    return Claimed(token, sorted(map(_read, rows), key=attrgetter("id")))
 
 
-def settle(connection: Connection, tables: OutboxTables, claimed: Claimed, sent: Sequence[int], refused: Mapping[int, Refusal]) -> int:
-    """Marks what became of the rows that are still ours, and gives all back; how many were not."""
+def settle(connection: Connection, tables: OutboxTables, token: str, sent: Sequence[int], refused: Mapping[int, Refusal]) -> int:
+    """Gives the shards back and marks what became of rows in those that were still ours; how many rows were in others."""
     outbox, shards = tables.outbox, tables.shards
-    ours = shards.c.token == claimed.token
-    connection.execute(update(shards).where(ours).values(lease_until=shards.c.lease_until))  # locks them; on SQLite, the database
-    held = set(connection.scalars(select(shards.c.shard).where(ours)))
-    settled = [*sent, *refused]
-    keyed = {row.id: shard_of(row.envelope.key, SHARDS) for row in claimed.rows if row.envelope.key is not None}
-    loose = update(outbox).where(outbox.c.lease_token == claimed.token)
+    _give_back(connection, tables, token)  # first: it locks them, on SQLite the database, so that nobody takes them before the end
+    ours = outbox.c.shard.in_(select(shards.c.shard).where(shards.c.token == token))
     changed = 0
-    for rows, mine in (
-        ([one for one in sent if one not in keyed], loose),
-        ([one for one in sent if keyed.get(one) in held], update(outbox).where(outbox.c.status == PENDING)),
-    ):
-        if rows:
-            marked = mine.where(outbox.c.id.in_(rows)).values(status=SENT, sent_at=now_ms(), lease_token=None, lease_until=None)
-            changed += connection.execute(marked).rowcount
+    if sent:
+        marked = update(outbox).where(_among(connection, outbox.c.id, sent), ours)
+        changed += connection.execute(marked.values(status=SENT, sent_at=now_ms())).rowcount
     for one, refusal in refused.items():
-        if one in keyed and keyed[one] not in held:
-            continue
-        mine = update(outbox).where(outbox.c.status == PENDING) if one in keyed else loose
-        values: dict[str, Any] = {
-            "attempts": outbox.c.attempts + 1,
-            "last_error": refusal.error[:MAX_ERROR],
-            "lease_token": None,
-            "lease_until": None,
-        }
+        values: dict[str, Any] = {"attempts": outbox.c.attempts + 1, "last_error": refusal.error[:MAX_ERROR]}
         if refusal.after is None:
             values["status"] = PARKED
         else:
             values["available_at"] = now_ms() + round(refusal.after * 1000)
-        changed += connection.execute(mine.where(outbox.c.id == one).values(**values)).rowcount
-    if any(row.id not in keyed and row.id not in settled for row in claimed.rows):
-        connection.execute(loose.values(lease_token=None, lease_until=None))
-    if claimed.shards:
-        connection.execute(update(shards).where(ours).values(token=None, owner=None, lease_until=0))
-    return len(settled) - changed
+        changed += connection.execute(update(outbox).where(outbox.c.id == one, ours).values(**values)).rowcount
+    return len(sent) + len(refused) - changed
+
+
+def _give_back(connection: Connection, tables: OutboxTables, token: str) -> None:
+    """From now on anybody may take the shards. The token stays until somebody does: a `settle` that is repeated still knows its own."""
+    shards = tables.shards
+    connection.execute(update(shards).where(shards.c.token == token).values(lease_until=now_ms()))
+
+
+@functools.lru_cache(64)  # what is made anew is taken apart anew, which costs as much as all else here
+def _first_rows(tables: OutboxTables, dialect: str, shards: int, limit: int) -> CompoundSelect[Any]:  # Any: the row's columns
+    """The first due rows of each of so many shards, `shard0` and so on: `_READ`, and whether they are expired.
+
+    By the index that has them in this order: the other one would sort all that are due.
+    """
+    outbox = tables.outbox
+    pending, due = _due(tables)
+    if dialect == "sqlite":
+        due = outbox.c.available_at + 0 <= now_ms()  # which says nothing new, but no other index can be used for it
+    expired = and_(outbox.c.expires_at.is_not(None), outbox.c.expires_at <= now_ms())
+    wanted = select(*(outbox.c[name] for name in _READ), expired.label("expired"))
+    wanted = wanted.where(pending, due, _first_of_key(tables)).order_by(outbox.c.id).limit(limit)
+    if dialect in MYSQL:
+        wanted = wanted.with_hint(outbox, f"FORCE INDEX ({outbox.name}_shard)")
+    return union_all(*(select(wanted.where(outbox.c.shard == bindparam(f"shard{number}")).subquery()) for number in range(shards)))
 
 
 def clean(connection: Connection, tables: OutboxTables, keep: float, limit: int) -> int:
@@ -237,10 +237,13 @@ def _due(tables: OutboxTables) -> tuple[Any, Any]:  # Any: SQLAlchemy's conditio
     return outbox.c.status == _PENDING, outbox.c.available_at <= now_ms()
 
 
-def _first_of_key(tables: OutboxTables) -> Any:  # Any: SQLAlchemy's condition, here and below
-    """No earlier row of the same key is parked or waits for another try. The limit keeps a database from reading all rows for it."""
+def _first_of_key(tables: OutboxTables) -> ColumnElement[bool]:
+    """No earlier row of the same key is parked or waits for another try.
+
+    Asked for each row by itself, whose key's index answers at once. Without the OR databases make a join of it, and read all rows.
+    """
     outbox, earlier = tables.outbox, tables.outbox.alias("earlier")
-    blocking: Select[Any] = select(_ONE).where(
+    blocking = select(_ONE).where(
         earlier.c.key == outbox.c.key,
         earlier.c.status.in_([_PENDING, _PARKED]),
         earlier.c.status != _ONE,  # says nothing new, but to SQLite, which needs the index's own words to use it
@@ -250,35 +253,30 @@ def _first_of_key(tables: OutboxTables) -> Any:  # Any: SQLAlchemy's condition, 
     )
     for dialect in MYSQL:  # which would rather read all rows before it by their ids
         blocking = blocking.with_hint(earlier, f"FORCE INDEX ({outbox.name}_key)", dialect)
-    return blocking.limit(1).scalar_subquery().is_(None)
+    return or_(outbox.c.key.is_(None), not_(blocking.exists()))
 
 
-def _free(tables: OutboxTables) -> Any:  # Any: SQLAlchemy's condition
-    until = tables.outbox.c.lease_until
-    return or_(until.is_(None), until <= now_ms())
+def _among(connection: Connection, column: ColumnElement[Any], numbers: Sequence[int]) -> ColumnElement[bool]:  # Any: as above
+    """Whether it is one of many. PostgreSQL takes them as one value, which spares some hundred parameters."""
+    if connection.dialect.name == "postgresql":
+        return column == any_(cast(bindparam("numbers", list(numbers)), postgresql.ARRAY(BigInteger)))
+    return column.in_(numbers)
 
 
-def _rows(tables: OutboxTables) -> Select[Any]:  # Any: the row's columns
-    outbox = tables.outbox
-    expired = and_(outbox.c.expires_at.is_not(None), outbox.c.expires_at <= now_ms())
-    return select(*(column for column in outbox.columns if column.name in _READ), expired.label("expired"))
+_READ = ("id", "message_id", "topic", "key", "content_type", "headers", "payload", "options", "expires_at", "attempts")
 
 
-_READ = frozenset({"id", "message_id", "topic", "key", "content_type", "headers", "payload", "options", "expires_at", "attempts"})
+def _read(row: Sequence[Any]) -> Row:  # Any: the row's columns
+    number, message_id, topic, key, content_type, written, payload, options, expires_at, attempts, expired = row
+    headers: dict[str, str] = from_json(written)
+    if content_type:
+        headers[CONTENT_TYPE] = content_type
+    spec, priority = _read_options(topic, options)
+    until = None if expires_at is None else expires_at / 1000
+    return Row(number, Envelope(message_id, topic, bytes(payload), headers, key, None, priority, 0.0, until), spec, attempts, bool(expired))
 
 
-def _read(row: SqlRow[Any]) -> Row:  # Any: the row's columns
-    options = json.loads(row.options)
-    headers: dict[str, str] = json.loads(row.headers)
-    if row.content_type:
-        headers[CONTENT_TYPE] = row.content_type
-    envelope = Envelope(
-        row.message_id,
-        row.topic,
-        bytes(row.payload),
-        headers,
-        row.key,
-        priority=options["priority"],
-        expires_at=None if row.expires_at is None else row.expires_at / 1000,
-    )
-    return Row(row.id, envelope, TopicSpec(row.topic, **options["topic"]), row.attempts, bool(row.expired))
+@functools.lru_cache(256)  # few topics have many rows
+def _read_options(topic: str, options: str) -> tuple[TopicSpec, Priority]:
+    read = json.loads(options)
+    return TopicSpec(topic, **read["topic"]), read["priority"]

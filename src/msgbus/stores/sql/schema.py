@@ -27,14 +27,13 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeEngine
 
 PENDING, SENT, PARKED = 0, 1, 2
 """What `status` says of an outbox row."""
 CLAIMED, DONE = 0, 1
 """What `state` says of an inbox row."""
-SHARDS = 16
-"""How many relays can send rows with keys at once."""
+SHARDS = 32
+"""How many batches can be under way at once, of all relays."""
 MYSQL = ("mysql", "mariadb")
 
 
@@ -61,22 +60,21 @@ def _now_sqlite(element: now_ms, compiler: SQLCompiler, **options: Any) -> str: 
     return "CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)"
 
 
-class Exact(TypeDecorator[str]):
-    """Text of at most 255 bytes that is equal only to itself: MySQL's own text ignores case, accents and spaces at the end."""
+class _AsBytes(TypeDecorator[str]):
+    """Text as MySQL's bytes: its own text ignores case, accents and spaces at the end."""
 
-    impl = String(255)
+    impl = VARBINARY(255)
     cache_ok = True
 
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:  # Any: text here, bytes there
-        return dialect.type_descriptor(VARBINARY(255) if dialect.name in MYSQL else String(255))
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:
+        return None if value is None else value.encode()
 
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:  # Any: as above
-        return value.encode() if value is not None and dialect.name in MYSQL else value
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:  # Any: as above
-        return bytes(value).decode() if value is not None and dialect.name in MYSQL else value
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
+        return None if value is None else bytes(value).decode()
 
 
+_Exact = String(255).with_variant(_AsBytes(), *MYSQL)
+"""Text that is equal only to itself."""
 _Bytes = LargeBinary().with_variant(LONGBLOB(), *MYSQL)
 _Text = Text().with_variant(LONGTEXT(), *MYSQL)
 _Number = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by themselves only as INTEGER
@@ -100,10 +98,10 @@ def make_outbox_tables(metadata: MetaData | None = None, *, prefix: str = "msgbu
         f"{prefix}outbox",
         metadata,
         Column("id", _Number, primary_key=True, autoincrement=True),
-        Column("message_id", Exact(), nullable=False),
-        Column("topic", Exact(), nullable=False),
-        Column("key", Exact()),
-        Column("shard", SmallInteger),
+        Column("message_id", _Exact, nullable=False),
+        Column("topic", _Exact, nullable=False),
+        Column("key", _Exact),
+        Column("shard", SmallInteger, nullable=False),
         Column("content_type", String(255), nullable=False),
         Column("headers", _Text, nullable=False),
         Column("payload", _Bytes, nullable=False),
@@ -114,12 +112,10 @@ def make_outbox_tables(metadata: MetaData | None = None, *, prefix: str = "msgbu
         Column("status", SmallInteger, nullable=False, server_default=text("0")),
         Column("attempts", Integer, nullable=False, server_default=text("0")),
         Column("last_error", String(2000)),
-        Column("lease_token", String(36)),
-        Column("lease_until", BigInteger),
         Column("sent_at", BigInteger),
         UniqueConstraint("message_id", name=f"{prefix}outbox_message_id"),
         Index(f"{prefix}outbox_due", "shard", "status", "available_at", "id", postgresql_where=pending, sqlite_where=pending),
-        Index(f"{prefix}outbox_shard", "shard", "status", "id", postgresql_where=pending, sqlite_where=pending),
+        Index(f"{prefix}outbox_shard", "shard", "status", "id", "available_at", postgresql_where=pending, sqlite_where=pending),
         Index(f"{prefix}outbox_key", "key", "status", "id", postgresql_where=unsent, sqlite_where=unsent),
         Index(f"{prefix}outbox_sent_at", "sent_at"),
         schema=schema,
@@ -127,8 +123,8 @@ def make_outbox_tables(metadata: MetaData | None = None, *, prefix: str = "msgbu
     inbox = Table(
         f"{prefix}inbox",
         metadata,
-        Column("consumer", Exact(), primary_key=True),
-        Column("message_id", Exact(), primary_key=True),
+        Column("consumer", _Exact, primary_key=True),
+        Column("message_id", _Exact, primary_key=True),
         Column("state", SmallInteger, nullable=False),
         Column("token", String(36)),
         Column("fingerprint", String(64), nullable=False),

@@ -210,13 +210,10 @@ class SqlStore(TransactionalStore):
             self._wakes.discard(from_any_thread)
 
     async def claim(self, limit: int, lease: float) -> Claimed:
-        loose, free = await self.run(outbox.candidates, self.tables)
-        if not loose and not free:
-            return Claimed("")
-        return await self.run(outbox.claim, self.tables, loose, free, limit, lease, self._owner)
+        return await self.run(outbox.claim, self.tables, limit, lease, self._owner)
 
     async def settle(self, claimed: Claimed, sent: Sequence[int], refused: Mapping[int, Refusal]) -> int:
-        return await self.run(outbox.settle, self.tables, claimed, sent, refused)
+        return await self.run(outbox.settle, self.tables, claimed.token, sent, refused)
 
     async def clean(self, keep: float) -> int:
         return await self.run(outbox.clean, self.tables, keep, CHUNK) + await self.run(inbox.clean, self.tables.inbox, CHUNK)

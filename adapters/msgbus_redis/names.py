@@ -7,6 +7,7 @@ its name. The dead letters of the group `billing` are the topic `{orders}.billin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from msgbus.contract.adapter import TopicSpec
 from msgbus.contract.address import shard_of
@@ -14,6 +15,7 @@ from msgbus.contract.envelope import PRIORITIES, Envelope, Priority
 from msgbus.errors import TopologyMismatch
 
 
+@lru_cache(10_000)  # asked for each message
 def base(topic: str) -> str:
     """What every key of a topic begins with. A topic that ends in `.dead` is a group's, beside the topic it belongs to."""
     source, dot, group = topic.removesuffix(".dead").rpartition(".")

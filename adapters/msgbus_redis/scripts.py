@@ -31,33 +31,41 @@ end
 """
 
 # KEYS ids sent of late (a prefix), source stream, targets and sorted sets. ARGV how long ids are known, group, consumer, id of the entry
-# that is acked for it ('': none), messages, then a message: id ('': not looked up), target, sorted set (0: at once), delay, must the
-# target exist, number of fields, fields. -> a word a message: '' stored, 'dup', 'nogroup', 'gone' (the entry is no longer ours), an error
+# that is acked for it ('': none), then runs of messages that are alike: how many, target, sorted set (0: at once), delay, must the target
+# exist, are their ids looked up, how many fields each has, their names, the id's first, and each message's values in that order.
+# -> a word a message: '' stored, 'dup', 'nogroup', 'gone' (the entry is no longer ours), an error
 SEND = """
 local group, consumer, source = unpack(ARGV, 2, 4)
-local out, at, turn = {}, 6, math.floor(now / ARGV[1])
+local out, at, turn = {}, 5, math.floor(now / ARGV[1])
 local seen, before = KEYS[1] .. turn, KEYS[1] .. (turn - 1)
 if source ~= '' and #redis.call('XPENDING', KEYS[2], group, source, source, 1, consumer) == 0 then return {'gone'} end
-for m = 1, tonumber(ARGV[5]) do
-  local id, target, set, delay, must, count = unpack(ARGV, at, at + 5)
-  local first, last = at + 6, at + 5 + count
-  target = KEYS[tonumber(target)]
-  if must == '1' and redis.call('EXISTS', target) == 0 then
-    out[m] = 'nogroup'
-  elseif id ~= '' and (redis.call('SISMEMBER', before, id) == 1 or redis.call('SADD', seen, id) == 0) then
-    out[m] = 'dup'
-  else
-    local done
-    if set == '0' then
-      done = redis.pcall('XADD', target, '*', unpack(ARGV, first, last))
-    else  -- the time and the number make equal envelopes two
-      local member = cmsgpack.pack({target, time[1] .. '.' .. time[2] .. '.' .. m, unpack(ARGV, first, last)})
-      done = redis.pcall('ZADD', KEYS[tonumber(set)], now + delay, member)
+while ARGV[at] do
+  local messages, target, set, delay, must, looked_up, count = unpack(ARGV, at, at + 6)
+  local fields, known = {}, looked_up == '1'
+  target, count = KEYS[tonumber(target)], tonumber(count)
+  for i = 1, count do fields[2 * i - 1] = ARGV[at + 6 + i] end
+  at = at + 7 + count
+  local missing = must == '1' and redis.call('EXISTS', target) == 0
+  for _ = 1, tonumber(messages) do
+    local id, m = ARGV[at], #out + 1
+    if missing then
+      out[m] = 'nogroup'
+    elseif known and (redis.call('SISMEMBER', before, id) == 1 or redis.call('SADD', seen, id) == 0) then
+      out[m] = 'dup'
+    else
+      local done
+      for i = 1, count do fields[2 * i] = ARGV[at + i - 1] end
+      if set == '0' then
+        done = redis.pcall('XADD', target, '*', unpack(fields))
+      else  -- the time and the number make equal envelopes two
+        local member = cmsgpack.pack({target, time[1] .. '.' .. time[2] .. '.' .. m, unpack(fields)})
+        done = redis.pcall('ZADD', KEYS[tonumber(set)], now + delay, member)
+      end
+      out[m] = type(done) == 'table' and done.err or ''
+      if out[m] ~= '' and known then redis.call('SREM', seen, id) end
     end
-    out[m] = type(done) == 'table' and done.err or ''
-    if out[m] ~= '' and id ~= '' then redis.call('SREM', seen, id) end
+    at = at + count
   end
-  at = last + 1
 end
 redis.call('PEXPIRE', seen, 2 * ARGV[1])
 if source ~= '' and out[1] == '' then redis.call('XACK', KEYS[2], group, source) end

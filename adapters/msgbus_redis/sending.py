@@ -49,10 +49,12 @@ class Sender:
 
     async def send(self, envelopes: Sequence[Envelope], timeout: float) -> list[SendOutcome]:
         """One outcome an envelope; topics side by side, the envelopes of one in order."""
-        outcomes: list[SendOutcome] = [self._too_large(envelope) for envelope in envelopes]
+        outcomes: list[SendOutcome] = [None] * len(envelopes)
         topics: dict[str, list[int]] = {}
         for index, envelope in enumerate(envelopes):
-            if outcomes[index] is None:
+            if len(envelope.body) > self._max_body:
+                outcomes[index] = self._too_large(envelope)
+            else:
                 topics.setdefault(envelope.topic, []).append(index)
 
         async def send_to(indexes: list[int]) -> None:
@@ -92,6 +94,8 @@ class Sender:
         except CLIENT_ERRORS as error:
             return [send_error(error, envelope.id) for envelope in envelopes]
         problem = self._unconfirmed(behind[0]) if confirm else None
+        if problem is None and not any(word):  # all of them are stored
+            return [None] * len(envelopes)
         return [_outcome(envelope, found, problem) for envelope, found in zip(envelopes, word, strict=True)]
 
     def _unconfirmed(self, answer: Any) -> str | None:
@@ -106,22 +110,30 @@ class Sender:
 def _command(layout: Layout, envelopes: Sequence[Envelope], source: Source | None) -> Command:
     keys = [layout.key("pub:"), source.stream if source else layout.base]
     numbers: dict[str, int] = {}
-    arguments: list[Any] = [SEEN_FOR * 1000, *(source[1:] if source else ("", "", "")), len(envelopes)]
+    arguments: list[Any] = [SEEN_FOR * 1000, *(source[1:] if source else ("", "", ""))]
+    before: object = None
+    run = 0  # where the number of messages that are alike is written
     for envelope in envelopes:
         group = envelope.group
         part = layout.part(envelope)
-        target = part if group is None else own(part, "retry", group)
         delay = int(envelope.delay * 1000 + 0.999) if envelope.delay > 0 else 0
-        fields = fields_of(envelope)
-        arguments += (
-            envelope.id if group is None and source is None else "",  # a retry's id is that of its original
-            numbers.setdefault(target, len(numbers) + 3),
-            numbers.setdefault(layout.key("delayed", group), len(numbers) + 3) if delay else 0,
-            delay,
-            0 if group is None else 1,
-            len(fields),
-        )
-        arguments += fields
+        names, values = fields_of(envelope)
+        alike = part, group, delay, names
+        if alike != before:
+            before = alike
+            run = len(arguments)
+            arguments += (
+                0,
+                numbers.setdefault(part if group is None else own(part, "retry", group), len(numbers) + 3),
+                numbers.setdefault(layout.key("delayed", group), len(numbers) + 3) if delay else 0,
+                delay,
+                0 if group is None else 1,
+                1 if group is None and source is None else 0,  # a retry's id is that of its original
+                len(names),
+                *names,
+            )
+        arguments[run] += 1
+        arguments += values
     return scripts.call(scripts.SEND, [*keys, *numbers], arguments)
 
 

@@ -20,18 +20,24 @@ _PRIORITY = b"msgbus-priority"
 _PRIORITIES: dict[bytes, Priority] = {b"high": "high", b"normal": "normal", b"low": "low"}
 
 
-def fields_of(envelope: Envelope) -> list[bytes | str]:
-    """Names and values by turns."""
-    flat: list[bytes | str] = [ID, envelope.id, BODY, envelope.body]
-    if envelope.key is not None:
-        flat += (KEY, envelope.key)
-    if envelope.expires_at is not None:
-        flat += (_EXPIRES, repr(envelope.expires_at))
-    if envelope.priority != "normal":
-        flat += (_PRIORITY, envelope.priority)
-    for name, value in envelope.headers.items():
-        flat += (_field(name), value)
-    return flat
+def fields_of(envelope: Envelope) -> tuple[tuple[bytes, ...], list[bytes | str]]:
+    """Names, the id's first, and values. Envelopes with the same headers have the very same names."""
+    headers, key, expires_at, priority = envelope.headers, envelope.key, envelope.expires_at, envelope.priority
+    names = _names(key is not None, expires_at is not None, priority != "normal", *headers)
+    values: list[bytes | str] = [envelope.id, envelope.body, *headers.values()]
+    if key is not None:
+        values.append(key)
+    if expires_at is not None:
+        values.append(repr(expires_at))
+    if priority != "normal":
+        values.append(priority)
+    return names, values
+
+
+@lru_cache(10_000)
+def _names(keyed: bool, expires: bool, ranked: bool, *headers: str) -> tuple[bytes, ...]:
+    own = (KEY,) * keyed + (_EXPIRES,) * expires + (_PRIORITY,) * ranked
+    return ID, BODY, *map(_field, headers), *own
 
 
 def envelope_of(topic: str, group: str | None, stream: str, entry_id: bytes, flat: list[bytes]) -> Envelope:
@@ -63,7 +69,6 @@ def _foreign(topic: str, group: str | None, stream: str, entry_id: bytes, flat: 
     return Envelope(id_, topic, body, headers, key if key and len(key) <= MAX_ID else None, group)
 
 
-@lru_cache(10_000)
 def _field(name: str) -> bytes:
     if name.startswith(CE):
         return b"ce_" + name[len(CE) :].encode()

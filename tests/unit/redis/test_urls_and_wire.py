@@ -95,7 +95,8 @@ def test_an_envelope_goes_there_and_back() -> None:
         0.0,
         12.5,
     )
-    flat = [field if isinstance(field, bytes) else field.encode() for field in fields_of(envelope)]
+    pairs = zip(*fields_of(envelope), strict=True)
+    flat = [text if isinstance(text, bytes) else text.encode() for pair in pairs for text in pair]
     back = envelope_of("t", None, "{t}", b"1-0", flat)
     for name in ("id", "topic", "body", "headers", "key", "group", "priority", "expires_at"):
         assert getattr(back, name) == getattr(envelope, name)

@@ -61,6 +61,7 @@ class JsonCodec(Codec[M], Generic[M]):
         except Exception as error:  # pydantic raises several kinds of error for a type that it has no schema for
             raise TypeError(f"pydantic knows no schema for {model!r}: {error}") from error
         self._adapter = adapter
+        self._dump = adapter.serializer.to_json if adapter.pydantic_complete else adapter.dump_json
         self.validate = _finite_validator(adapter)
         self._model = model if isinstance(model, type) and issubclass(model, BaseModel) else None
         self._accepted: set[str] = {JSON}
@@ -86,12 +87,13 @@ class JsonCodec(Codec[M], Generic[M]):
         if self._model is not None and not isinstance(message, self._model):
             raise TypeError(f"expected {self._model.__name__}, not {type(message).__name__}")
         try:
-            body = self._adapter.dump_json(message, by_alias=True, warnings="error")  # an alias is the name that validation reads
-            if b"null" in body and _holds_nan(self._adapter.dump_python(message)):
+            body = self._dump(message, by_alias=True, warnings="error")  # an alias is the name that validation reads
+            has_null = b"null" in body
+            if has_null and _holds_nan(self._adapter.dump_python(message)):
                 raise ValueError("NaN and Infinity are not JSON: they would arrive as null")
             if b"NaN" in body or b"Infinity" in body:  # a model may ask pydantic for the bare words, which are no JSON either
                 json.loads(body, parse_constant=_refuse)
-            if self._model is None or b"null" in body:  # pydantic writes a field that is missing, or None, without a word
+            if self._model is None or has_null:  # pydantic writes a field that is missing, or None, without a word
                 self.validate(body)
         except (PydanticSerializationError, ValidationError, RecursionError) as error:
             raise ValueError(str(error)) from error

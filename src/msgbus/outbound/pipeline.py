@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from operator import itemgetter
 
 from msgbus.contract.adapter import Adapter, SendOutcome
 from msgbus.contract.envelope import Envelope
@@ -36,10 +37,9 @@ _sent: ContextVar[list[str]] = ContextVar("msgbus_sent")
 """Of one publish through middleware: what reached the adapter and was confirmed."""
 
 
-class _Waiting(NamedTuple):
-    envelope: Envelope
-    deadline: float
-    confirmed: asyncio.Future[None]
+_Waiting = tuple[Envelope, float, asyncio.Future[None]]
+"""Who waits: the envelope, its deadline by the loop's clock, and what its publisher awaits. A plain tuple: one is made for each message."""
+_deadline = itemgetter(1)
 
 
 class _Line:
@@ -108,7 +108,7 @@ class Pipeline:
         if not line.under_way:
             return self._send_alone(line, envelope, deadline)
         confirmed: asyncio.Future[None] = self._loop.create_future()
-        line.waiting.append(_Waiting(envelope, deadline, confirmed))
+        line.waiting.append((envelope, deadline, confirmed))
         if line.under_way == 1 and not line.keyed and len(line.waiting) >= MANY:
             line.under_way = 2
             self._start_flush(line)
@@ -127,61 +127,64 @@ class Pipeline:
             raise outcome
 
     def _start_flush(self, line: _Line) -> None:
-        task = self._loop.create_task(self._flush(line), name=f"msgbus publish {line.waiting[0].envelope.topic}")
+        task = self._loop.create_task(self._flush(line), name=f"msgbus publish {line.waiting[0][0].topic}")
         self._flushes.add(task)
         task.add_done_callback(self._flushes.discard)
 
     async def _flush(self, line: _Line) -> None:
-        waiting = line.waiting
-        while waiting and line.may_go():
-            share = line.share()
-            batch, waiting[:share] = waiting[:share], []
-            now = self._loop.time()
-            sendable: list[_Waiting] = []
-            for entry in batch:
-                if entry.confirmed.done():  # the publisher was cancelled before anything was sent
-                    continue
-                if entry.deadline <= now:
-                    entry.confirmed.set_exception(BrokerUnavailable(f"nothing could be sent to {entry.envelope.topic!r} in time"))
-                elif sendable and entry.deadline > sendable[0].deadline + self.publish_timeout * MAX_SPREAD:
-                    waiting.insert(0, entry)  # those after it too, for deadlines grow: the next batch has time that suits them
-                    waiting[1:1] = batch[batch.index(entry) + 1 :]
-                    break
-                else:
-                    sendable.append(entry)
-            if not sendable:
+        while line.waiting and line.may_go():
+            batch = self._take(line)
+            if not batch:
                 continue
-            sent = len(sendable)
-            line.batched += sent
+            envelopes = [envelope for envelope, _, _ in batch]
+            line.batched += len(batch)
             try:
-                outcomes = await self.deliver([entry.envelope for entry in sendable], sendable[0].deadline)
+                outcomes = await self.deliver(envelopes, batch[0][1])
             except BaseException as error:
-                for entry in [*sendable, *waiting]:
-                    if not entry.confirmed.done():
-                        entry.confirmed.set_exception(
-                            PublishUnknown(entry.envelope.id, "cancelled") if isinstance(error, asyncio.CancelledError) else error
+                for envelope, _, confirmed in [*batch, *line.waiting]:
+                    if not confirmed.done():
+                        confirmed.set_exception(
+                            PublishUnknown(envelope.id, "cancelled") if isinstance(error, asyncio.CancelledError) else error
                         )
-                waiting.clear()
+                line.waiting.clear()
                 line.under_way -= 1
                 if isinstance(error, asyncio.CancelledError):
                     raise
                 return  # raised on the publishers
             finally:
-                line.batched -= sent
+                line.batched -= len(envelopes)
             if outcomes.count(None) < len(outcomes) and not self._closed:  # the oldest one's time is over: the others keep theirs
                 soon = self._loop.time() + 0.05
-                again = [index for index in _to_send_again([one.envelope for one in sendable], outcomes) if sendable[index].deadline > soon]
-                waiting[:0] = [sendable[index] for index in again]
+                again = [index for index in _to_send_again(envelopes, outcomes) if batch[index][1] > soon]
+                line.waiting[:0] = [batch[index] for index in again]
+                line.waiting.sort(key=_deadline)  # of two batches that failed, the older one's may come second
                 for index in reversed(again):
-                    del sendable[index], outcomes[index]
-            for entry, outcome in zip(sendable, outcomes, strict=True):
-                if entry.confirmed.done():
+                    del batch[index], outcomes[index]
+            for (_, _, confirmed), outcome in zip(batch, outcomes, strict=True):
+                if confirmed.done():
                     continue
                 if outcome is None:
-                    entry.confirmed.set_result(None)
+                    confirmed.set_result(None)
                 else:
-                    entry.confirmed.set_exception(outcome)
+                    confirmed.set_exception(outcome)
         line.under_way -= 1
+
+    def _take(self, line: _Line) -> list[_Waiting]:
+        """Of those who wait, who goes now. Deadlines grow along a line. Whose publisher was cancelled is not sent; whose time is over hears
+        so; and who has much more time than the oldest waits for the next batch, which has time that suits it."""
+        waiting = line.waiting
+        late = bisect_right(waiting, self._loop.time(), key=_deadline)
+        for envelope, _, confirmed in waiting[:late]:
+            if not confirmed.done():
+                confirmed.set_exception(BrokerUnavailable(f"nothing could be sent to {envelope.topic!r} in time"))
+        del waiting[:late]
+        if not waiting:
+            return []
+        alike = bisect_right(waiting, waiting[0][1] + self.publish_timeout * MAX_SPREAD, key=_deadline)
+        size = min(line.share(), alike)
+        batch = [one for one in waiting[:size] if not one[2].done()]
+        del waiting[:size]
+        return batch
 
     async def deliver(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
         """One outcome an envelope. What was stored nowhere, the broker being away, is sent again until the loop's clock says `deadline`."""

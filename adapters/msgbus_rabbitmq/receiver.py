@@ -70,19 +70,15 @@ class Hold:
             async with calling("cancelling a consumer"):
                 await self._channel.basic_cancel(tag)
 
-    async def _stand_still(self, shard: str) -> None:
-        """From now on a nack, and then the channel's end, is for the same messages: in their order, and none counts a death too many.
+    async def _catch_up(self, shard: str) -> None:
+        """When it returns, the broker has had every ack, and what it gave for them is here: the window is full, or the queue was empty.
+        So a nack, and then the channel's end, is for the same messages: in their order, and none counts as a death.
 
-        A consumer before whom others come is given no more; what he had been given is here one question after the next one has been
-        accepted. The last in the row is given what will be nacked, and has no room for more.
+        A consumer more on the same queue is accepted after the acks before it, and then waits as the last; what the first one was given
+        until then is here one question later.
         """
+        await self._channel.basic_consume(shard, self._on_message)
         await self._channel.basic_qos(prefetch_count=1)
-        await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": 1})
-        await self._channel.basic_qos(prefetch_count=1)
-        await self._write_soon()
-        if self.unsettled:
-            await self._channel.basic_qos(prefetch_count=len(self.unsettled))
-            await self._channel.basic_consume(shard, self._on_message, arguments={"x-priority": 2})
 
     async def _on_message(self, message: DeliveredMessage) -> None:
         """Only notes it: what the client runs here it cancels when the link is lost (R1)."""
@@ -172,7 +168,7 @@ class Hold:
                 if not self._over:
                     counted = self._shard is not None and self._receiver.terms.modern
                     if counted and self._came:
-                        await self._stand_still(self._shard or "")
+                        await self._catch_up(self._shard or "")
                         await self._write_soon()
                     self._over = True
                     if self._shard is None or counted:

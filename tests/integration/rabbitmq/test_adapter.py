@@ -104,8 +104,10 @@ async def test_closes_in_good_order_are_no_deaths(adapter: RabbitAdapter) -> Non
     spec = ReceiverSpec(topic, "group", window=5, exclusive=True)
     await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
 
+    await adapter.send(numbered(topic, range(50)), timeout=30)  # a full window, whatever it closes: see decision 0014
+
     async def publishing() -> None:
-        for number in range(400):
+        for number in range(50, 400):
             await adapter.send(numbered(topic, range(number, number + 1)), timeout=30)
 
     sender, expected = asyncio.create_task(publishing()), 0
@@ -119,3 +121,32 @@ async def test_closes_in_good_order_are_no_deaths(adapter: RabbitAdapter) -> Non
         expected += len(batch[:3])
         await receiver.close()
     await sender
+
+
+async def test_a_death_in_the_midst_of_a_close_leaves_nothing_behind(adapter: RabbitAdapter, running: Server) -> None:
+    """Whenever in a close the link breaks: the shard goes to the next receiver, and to those after it, with all that is in it, in order."""
+    topic = f"t{new_id()}"
+    spec = ReceiverSpec(topic, "group", window=10, exclusive=True)
+    await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
+    await adapter.send(numbered(topic, range(100)), timeout=30)
+    for tries in range(30):
+        other = adapter_from_url(running.url, AdapterSettings())
+        assert isinstance(other, RabbitAdapter)
+        await other.open()
+        dying = await other.open_receiver(spec)
+        first, *_ = await taken(dying, 5)
+        dying.ack(first)
+        closing = asyncio.create_task(dying.close())
+        await asyncio.wait([closing], timeout=tries / 5000)
+        other.abandon()
+        await closing
+        await other.close()
+        heirs = [await adapter.open_receiver(spec)]
+        assert numbers(await taken(heirs[0], 2)) in ([tries, tries + 1], [tries + 1, tries + 2])
+        heirs.append(await adapter.open_receiver(spec))
+        await heirs[0].close()
+        (again,) = await taken(heirs[1], 1)
+        while int(again.envelope.body) <= tries:  # its ack did not arrive
+            heirs[1].ack(again)
+            (again,) = await taken(heirs[1], 1)
+        await heirs[1].close()

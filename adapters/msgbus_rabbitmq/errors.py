@@ -23,6 +23,8 @@ CALL = 15.0
 
 _REFUSED = (client.ChannelAccessRefused, client.ChannelNotFoundEntity, client.ChannelPreconditionFailed, client.PublishError)
 
+_CLIENTS = (client.AMQPError, client.ChannelInvalidStateError, OSError, asyncio.CancelledError)  # TimeoutError is an OSError
+
 
 @asynccontextmanager
 async def calling(doing: str, seconds: float = CALL) -> AsyncGenerator[None, None]:
@@ -33,7 +35,9 @@ async def calling(doing: str, seconds: float = CALL) -> AsyncGenerator[None, Non
     try:
         async with asyncio.timeout(seconds):
             yield
-    except (client.AMQPError, client.ChannelInvalidStateError, OSError, asyncio.CancelledError) as error:  # TimeoutError is an OSError
+    except (Exception, asyncio.CancelledError) as error:
+        if not (isinstance(error, _CLIENTS) or type(error) is Exception):  # of no kind: where the client knows no reason
+            raise
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise  # ours; if nobody cancelled us it is the client's word for a link that was lost (R5)
         if task is not None and task.cancelling() > before:

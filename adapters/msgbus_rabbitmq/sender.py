@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -20,8 +21,8 @@ from msgbus.contract.adapter import SendOutcome
 from msgbus.contract.envelope import HEADROOM, Envelope
 from msgbus.errors import BrokerError, BrokerUnavailable, MessageTooLarge, MsgbusError, PublishRejected, PublishUnknown
 from msgbus_rabbitmq import names
-from msgbus_rabbitmq.errors import send_error
-from msgbus_rabbitmq.link import Link
+from msgbus_rabbitmq.errors import calling, send_error
+from msgbus_rabbitmq.link import CLOSE, Link
 from msgbus_rabbitmq.names import Layout
 from msgbus_rabbitmq.wire import properties_of
 
@@ -119,7 +120,9 @@ class Sender:
         async with self._opening:
             for channel in [one for one, count in self._under_way.items() if one is not self._channel and not count]:
                 del self._under_way[channel]
-                await channel.close()
+                with suppress(BrokerError):  # it has ended already
+                    async with calling("closing a channel", CLOSE):
+                        await channel.close()
             if self._channel is None or self._channel.is_closed:
                 self._channel = await self._link.channel(confirms=True)
             return self._channel

@@ -6,9 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -17,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
+from tests.processes import Hired, hire
 from tests.torture.worker import GROUP, Terms, Work, topic_of
 
 from msgbus.bus import Bus
@@ -25,45 +23,8 @@ from msgbus.errors import BrokerUnavailable, PublishRejected, PublishUnknown
 from msgbus.testing.history import Event, History, How, Report, check
 from msgbus.testing.stage import Stage
 
-ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT, SESSION, LEASE, DRAIN = 2, 6, 5, 5
 """Seconds: what the processes are told."""
-
-
-class Hired:
-    """A worker process at work."""
-
-    def __init__(self, pid: str, process: asyncio.subprocess.Process) -> None:
-        self.pid = pid
-        self.process = process
-
-    async def up(self, seconds: float = 30.0) -> Self:
-        """Returns when it consumes."""
-        assert self.process.stdout is not None  # it is a pipe
-        async with asyncio.timeout(seconds):
-            line = await self.process.stdout.readline()
-        assert line == b"up\n", f"{self.pid} ended with {await self.process.wait()}"
-        return self
-
-    async def kill(self) -> None:
-        """By kill -9."""
-        if self.process.returncode is None:
-            self.process.kill()
-        await self.process.wait()
-
-    async def stop(self, seconds: float) -> float:
-        """By SIGTERM; how long it took. Fails when it takes longer, or ends with an error."""
-        began = time.monotonic()
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(seconds):
-                code = await self.process.wait()
-        except TimeoutError:
-            await self.kill()
-            pytest.fail(f"{self.pid} did not end within {seconds:g} s of SIGTERM")
-        assert code in {0, -signal.SIGTERM}, f"{self.pid} ended with {code}"
-        return time.monotonic() - began
 
 
 class Crew:
@@ -106,26 +67,15 @@ class Crew:
         """One more process; not up yet."""
         pid = f"worker{next(self._numbers)}"
         terms = self.terms.model_copy(update={"pid": pid, "path": str(self._directory / f"{pid}.jsonl")})
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MSGBUS_")} | {
-            "MSGBUS_URL": self._url,
-            "MSGBUS_NAMESPACE": self._stage.namespace,
-            "MSGBUS_HEARTBEAT": str(HEARTBEAT),
-            "MSGBUS_SESSION_TIMEOUT": str(SESSION),
-            "MSGBUS_LEASE": str(LEASE),
-            "MSGBUS_DRAIN_TIMEOUT": str(DRAIN),
+        settings = {
+            "URL": self._url,
+            "NAMESPACE": self._stage.namespace,
+            "HEARTBEAT": str(HEARTBEAT),
+            "SESSION_TIMEOUT": str(SESSION),
+            "LEASE": str(LEASE),
+            "DRAIN_TIMEOUT": str(DRAIN),
         }
-        with (self._directory / f"{pid}.log").open("wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tests.torture.worker",
-                terms.model_dump_json(),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                cwd=ROOT,
-                env=environment,
-            )
-        hired = Hired(pid, process)
+        hired = await hire(pid, "tests.torture.worker", terms.model_dump_json(), self._directory, settings)
         self.at_work.append(hired)
         return hired
 

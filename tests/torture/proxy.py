@@ -1,4 +1,4 @@
-"""A TCP proxy before a broker, which resets every connection when it is told to."""
+"""A TCP proxy before a broker, which resets every connection, or keeps the broker's words to itself, when it is told to."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Proxy:
         """Where it listens, once it does."""
         self.resets = 0
         """Connections that it has reset."""
+        self.hears_nothing = False
+        """Set: what the broker says reaches nobody any more."""
         self._target = port
         self._open: dict[asyncio.Task[None], tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = {}
 
@@ -59,6 +61,8 @@ class Proxy:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, rename: bool = False) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                if rename and self.hears_nothing:
+                    continue
                 if rename:  # as long as before, so that no frame changes
                     for host in HOSTS:
                         data = data.replace(host + struct.pack(">i", self._target), host + struct.pack(">i", self.port))

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import URL, MetaData, create_engine, make_url
+from sqlalchemy import URL, MetaData, create_engine, inspect, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from tests.brokers import Unavailable, server
@@ -43,6 +43,22 @@ class Database:
 
     def _with(self, which: int) -> URL:
         return self.url.set(drivername=f"{self.url.get_backend_name()}+{DRIVERS[self.url.get_backend_name()][which]}")
+
+    @property
+    def async_url(self) -> str:
+        """For an engine of another process."""
+        return self._with(0).render_as_string(hide_password=False)
+
+    def drop(self) -> None:
+        """The test's tables go; a file goes with its folder."""
+        if self.url.get_backend_name() == "sqlite":
+            return
+        engine = create_engine(self._with(1))
+        with engine.begin() as connection:
+            for table in inspect(connection).get_table_names():
+                if table.startswith(self.prefix):
+                    connection.execute(text(f"DROP TABLE {table}"))
+        engine.dispose()
 
     @asynccontextmanager
     async def opened(self, **options: object) -> AsyncGenerator[SqlStore, None]:

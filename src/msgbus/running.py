@@ -48,10 +48,11 @@ def _middleware(runtime: Runtime, plan: Plan, scribe: Scribe) -> list[Middleware
     # Of a broadcast every instance has the effect: what one has done is nothing to the others.
     group = plan.group or f"{plan.name}.{os.urandom(8).hex()}"
     consumer = f"{plan.physical}.{group}"
+    lease = runtime.settings.lease.total_seconds()
     if plan.signature.session is not None and isinstance(plan.store, TransactionalStore):
         publisher = functools.partial(Outbox, scribe)
-        return [*runtime.middleware, Inbox(plan.store, consumer, is_async=plan.signature.is_async, publisher=publisher)]
-    return [*runtime.middleware, Idempotency(plan.store, consumer, runtime.settings.lease.total_seconds())]
+        return [*runtime.middleware, Inbox(plan.store, consumer, lease, is_async=plan.signature.is_async, publisher=publisher)]
+    return [*runtime.middleware, Idempotency(plan.store, consumer, lease)]
 
 
 def make_scribe(runtime: Runtime) -> Scribe:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
@@ -13,6 +15,7 @@ from tenacity import wait_none
 from msgbus import Batch, Bus, Context, Drop, Dropped, Envelope, Middleware, Outcome, Reject, Retry, Topic
 from msgbus.contract.idempotency import Claim
 from msgbus.errors import PublishRejected, StoreError
+from msgbus.middleware.idempotency import FIRST_LOOK, look_again
 from msgbus.stores import MemoryStore
 from msgbus.testing.stage import Seen, eventually
 
@@ -254,7 +257,8 @@ async def test_a_failed_run_gives_its_key_up() -> None:
 
 
 async def test_what_is_in_progress_elsewhere_waits_and_does_not_count() -> None:
-    """A second message with a key whose handler still runs is not run beside it, and then found done; no attempt is used up."""
+    """A second message with a key whose handler still runs is not run beside it, and found done soon after, long before the claim's
+    lease of a minute is over; no attempt is used up."""
     bus = Bus("memory://", service="shop", store=MemoryStore(), retry=Retry.none())
     runs: Seen[int] = Seen()
     go_on = asyncio.Event()
@@ -271,8 +275,25 @@ async def test_what_is_in_progress_elsewhere_waits_and_does_not_count() -> None:
         await eventually(lambda: bus.health().subscriptions[0].counts.get("retried") == 1)
         assert bus.health().subscriptions[0].counts.get("dead") is None
         go_on.set()
-        await eventually(lambda: bus.health().subscriptions[0].counts.get("done") == 1)
+        await eventually(lambda: bus.health().subscriptions[0].counts.get("done") == 2)
     assert runs.items == [1]
+
+
+@pytest.mark.parametrize("lease", [2.0, 60.0, 3600.0])
+@pytest.mark.parametrize("seed", range(20))
+def test_looks_grow_further_apart(lease: float, seed: int) -> None:
+    """Whoever waits for a key looks again soon, then seldom: whenever the other run ends, that is seen after at most as long again; the end
+    of the lease is not passed by; and a claim made with a longer lease is not asked all the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msgbus.middleware.idempotency.random", random.Random(seed))
+        now, looks = 0.0, 0
+        while now < lease:
+            delay = look_again(lease - now, lease).delay
+            assert FIRST_LOOK <= delay <= max(FIRST_LOOK, min(now, lease - now))
+            now, looks = now + delay, looks + 1
+        assert now <= lease + FIRST_LOOK
+        assert looks <= 4 * math.log2(lease / FIRST_LOOK)
+        assert lease / 2 <= look_again(lease * 10, lease).delay <= lease
 
 
 async def test_while_the_store_is_away_nothing_is_run() -> None:

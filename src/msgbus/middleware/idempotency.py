@@ -21,6 +21,20 @@ TTL = 7 * 86400.0
 STORE_AWAY = 5.0
 """How long a delivery waits, about, while the store is away."""
 
+FIRST_LOOK = 0.05
+"""The shortest time, in seconds, after which a delivery looks again whether its key is still in progress."""
+
+
+def look_again(remaining: float, lease: float) -> RetryAfter:
+    """What a delivery does whose key is in progress: it comes again, uncounted, after about as long as that has been so, and when the
+    claim ends at the latest. So it waits no longer than the other run took, and asks but a few times however long that takes.
+
+    `remaining`: seconds until the claim ends. `lease`: what it was made with; where that was longer, another process's, it is unknown
+    how long ago that was.
+    """
+    held = lease - remaining if remaining <= lease else lease
+    return RetryAfter(max(FIRST_LOOK, min(held * random.uniform(0.5, 1.0), remaining)), counted=False)
+
 
 class Idempotency(Middleware):
     """Fails closed: while the store is away nothing is run. The key is (namespace and group, idempotency key)."""
@@ -42,7 +56,7 @@ class Idempotency(Middleware):
             case New(token):
                 return await self._run(context, call_next, key, token)
             case InProgress(remaining):
-                return RetryAfter(max(remaining, 0.05), counted=False)
+                return look_again(remaining, self._lease)
             case AlreadyDone():
                 return REPEATED
             case Conflict():

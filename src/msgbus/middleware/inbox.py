@@ -13,7 +13,7 @@ from msgbus.contract.outbox import Transaction, TransactionalStore, Writes
 from msgbus.contract.outcome import REPEATED, Dead, Done, Dropped, Outcome, RetryAfter
 from msgbus.errors import IdempotencyConflict, StoreError
 from msgbus.middleware.base import Middleware
-from msgbus.middleware.idempotency import STORE_AWAY, TTL
+from msgbus.middleware.idempotency import STORE_AWAY, TTL, look_again
 from msgbus.publishing import Publishes
 
 TRIES = 5
@@ -26,9 +26,12 @@ class Inbox(Middleware):
     Committed when the handler is done or drops the message, rolled back otherwise. Fails closed: while the database is away nothing is run.
     """
 
-    def __init__(self, store: TransactionalStore, group: str, *, is_async: bool, publisher: Callable[[Writes], Publishes]) -> None:
+    def __init__(
+        self, store: TransactionalStore, group: str, lease: float, *, is_async: bool, publisher: Callable[[Writes], Publishes]
+    ) -> None:
         self._store = store
         self._group = group
+        self._lease = lease
         self._is_async = is_async
         self._publisher = publisher
 
@@ -60,7 +63,7 @@ class Inbox(Middleware):
             raise _Away from error
         match claim:
             case InProgress(remaining):
-                return RetryAfter(max(remaining, 0.05), counted=False)
+                return look_again(remaining, self._lease)
             case AlreadyDone():
                 return REPEATED
             case Conflict():

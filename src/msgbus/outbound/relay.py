@@ -135,8 +135,9 @@ class Relay:
         problem: str | None = None
         stuck: set[tuple[str, str | None]] = set()  # keys whose next row did not go through: what follows it waits
         undeclared: dict[str, BrokerError | ConfigurationError] = {}
+        latest = deadline - (deadline - self._loop.time()) / 3  # what is sent with hardly any time left is unknown, and sent twice
         for wave in _waves(rows, sent):
-            if self._loop.time() >= deadline:
+            if self._loop.time() >= latest:
                 break
             going: list[Row] = []
             for row in wave:
@@ -151,6 +152,8 @@ class Relay:
                 going.append(row)
             if not going:
                 continue
+            if self._loop.time() >= latest:  # declaring took it; the next round need not
+                break
             for row, outcome in zip(going, await self._deliver([row.envelope for row in going], deadline), strict=True):
                 if outcome is None:
                     sent.append(row.id)
@@ -197,9 +200,10 @@ class Relay:
         while True:
             try:
                 lost = await self._store.settle(claimed, sent, refused)
-            except StoreError:
+            except StoreError as error:
                 if self._loop.time() + pause > until or self._stopping:
                     raise
+                self._note(f"the database is away: {error}")
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
                 continue

@@ -203,6 +203,22 @@ async def test_a_topic_that_cannot_be_declared_waits_for_a_person(store: SqlStor
     assert await statuses(store) == [(0, 1), (1, 0)]
 
 
+async def test_nothing_is_sent_with_hardly_any_time_left(store: SqlStore) -> None:
+    """A broker that is slow to declare takes the time of a round: its rows are the next one's, and are not sent with a confirm that nobody
+    could wait for."""
+    await write(store, Order(id="k", n=1))
+    broker = Broker()
+
+    async def declare(topic: TopicSpec) -> None:
+        await asyncio.sleep(0.7)
+
+    relay = Relay(store, broker.deliver, declare, publish_timeout=5, lease=3)
+    assert await relay.round() == 0
+    assert broker.numbers == []
+    assert await relay.round() == 1
+    assert broker.numbers == [1]
+
+
 async def test_delayed_and_expired_rows(store: SqlStore) -> None:
     """A delayed row is not sent before its time, nor does it hold up its key; an expired one is not sent at all."""
     await write(store, Order(id="k", n=1), delay=timedelta(days=30))

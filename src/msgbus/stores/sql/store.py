@@ -32,7 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CALL_TIMEOUT = 10.0
-"""Seconds that the database has for one of the store's own transactions."""
+"""Seconds that the database has for one of the store's own transactions, repetitions among them."""
 CANCEL_TIMEOUT = 1.0
 """Seconds that a transaction under way has to end when its caller is cancelled."""
 TRIES = 6
@@ -246,15 +246,17 @@ class SqlStore(TransactionalStore):
             raise
 
     async def _run(self, work: Callable[[Connection], R]) -> R:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + CALL_TIMEOUT
         tries = 1
         while True:
             try:
-                async with asyncio.timeout(CALL_TIMEOUT), self._own.begin() as connection:
+                async with asyncio.timeout_at(deadline), self._own.begin() as connection:
                     return await connection.run_sync(work)
             except Exception as error:
                 if not is_database_error(error):
                     raise
-                if tries == TRIES or not is_transient(error):
+                if tries == TRIES or loop.time() >= deadline or not is_transient(error):
                     raise StoreError(f"{self!r}: {shown(error)}") from error
             await asyncio.sleep(random.uniform(0, 0.02 * 2**tries))
             tries += 1

@@ -13,7 +13,7 @@ pip := $(python) -m pip --disable-pip-version-check --quiet --require-virtualenv
 docs_test := tests/unit/test_docs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo shop test differential torture check bench docs clean
+.PHONY: help setup demo shop test differential torture crash check bench docs clean
 .SILENT:
 .DELETE_ON_ERROR:
 
@@ -40,6 +40,9 @@ differential: $(venv)/.installed ## run random programs on every broker that is 
 
 torture: $(venv)/.installed ## kill, stop and cut off real worker processes on every broker that is there: half an hour
 	MSGBUS_TEST_TORTURE=1 $(python) -m pytest tests/torture
+
+crash: $(venv)/.installed ## let a process or its database fail at each of 14 points, on five pairs of database and broker: ten minutes
+	MSGBUS_TEST_CRASH=1 $(python) -m pytest tests/crash
 
 check: $(venv)/.installed ## lint, format, types, floors
 	$(python) -m ruff check

@@ -252,8 +252,8 @@ class Scene:
             return
         async with Redis.from_url(self.url) as client, client.pipeline(transaction=True) as together:
             for envelope in envelopes:
-                flat = fields_of(envelope)
-                _ = together.xadd(base(envelope.topic), dict(zip(flat[::2], flat[1::2], strict=True)))
+                names, values = fields_of(envelope)
+                _ = together.xadd(base(envelope.topic), dict(zip(names, values, strict=True)))
             await together.execute()
 
     def envelope_of(self, step: Step) -> Envelope:
@@ -295,11 +295,11 @@ class Scene:
         async with self.engine.connect() as connection:
             return (await connection.execute(select(outbox).order_by(outbox.c.id))).all()
 
-    async def shards(self) -> Sequence[Row[Any]]:
-        """That a relay holds, or has held and not given back."""
+    async def leases(self) -> Sequence[Row[Any]]:
+        """The shards that a relay holds just now."""
         shards = self.store.tables.shards
         async with self.engine.connect() as connection:
-            return (await connection.execute(select(shards).where(shards.c.token.is_not(None)))).all()
+            return (await connection.execute(select(shards).where(shards.c.lease_until > time.time() * 1000))).all()
 
     async def inbox(self) -> Sequence[Row[Any]]:
         """What the inbox remembers."""

@@ -59,8 +59,7 @@ async def all_sent(scene: Scene) -> None:
         return {row.status for row in await scene.rows()} == {SENT}
 
     await scene.until(none_left, 30, "all rows to be marked")
-    assert {row.lease_token for row in await scene.rows()} == {None}
-    assert await scene.shards() == []
+    assert await scene.leases() == []
 
 
 async def test_p1_before_the_commit(scene: Scene, came: Came) -> None:
@@ -80,7 +79,8 @@ async def test_p2_after_the_commit(scene: Scene, came: Came) -> None:
     await scene.dies("writer", write=BATCH, at="committed")
     assert scene.sends("writer") == Counter()
     assert await scene.ids("business") == [step.id for step in BATCH]
-    assert [(row.message_id, row.status, row.lease_token) for row in await scene.rows()] == [(step.id, PENDING, None) for step in BATCH]
+    assert [(row.message_id, row.status) for row in await scene.rows()] == [(step.id, PENDING) for step in BATCH]
+    assert await scene.leases() == []
     relay = await scene.hire("relay")
     await all_sent(scene)
     await scene.stop(relay)
@@ -97,8 +97,7 @@ async def test_p3_claimed_and_not_sent(scene: Scene, came: Came) -> None:
     claimed = scene.events("relay1", "claimed")[-1]
     assert Counter(claimed["ids"]) == ONCE
     assert scene.sends("relay1") == Counter()
-    leases = {row.lease_until for row in await scene.rows()} | {row.lease_until for row in await scene.shards()}
-    until = max(lease for lease in leases if lease is not None) / 1000
+    until = max(row.lease_until for row in await scene.leases()) / 1000
     assert 0 < until - claimed["ts"] <= LEASE
     relay = await scene.hire("relay2")
     up = time.time()
@@ -172,12 +171,11 @@ async def test_p6_paused_past_its_lease(scene: Scene, came: Came) -> None:
     token = scene.events("relay2", "claimed")[-1]["token"]
 
     async def held() -> set[tuple[object, ...]]:
-        rows = {(row.message_id, row.status, row.lease_token, row.lease_until) for row in await scene.rows()}
-        return rows | {(row.shard, row.token, row.lease_until) for row in await scene.shards()}
+        rows = {(row.message_id, row.status) for row in await scene.rows()}
+        return rows | {(row.shard, row.token, row.lease_until) for row in await scene.leases()}
 
     before = await held()
-    assert {row[2] for row in before if len(row) == 4} == {token, None}  # rows with a key are their shard's
-    assert {row[1] for row in before if len(row) == 3} == {token}
+    assert {row[1] for row in before} == {PENDING, token}
     first.goes_on()
     await scene.until(lambda: scene.events("relay1", "settled"), 10, "the late mark")
     late = scene.events("relay1", "settled")[0]

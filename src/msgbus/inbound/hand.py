@@ -66,6 +66,15 @@ class Hand:
 
     # ------------------------------------------------------------ coming in
 
+    def takes(self, source: Source, room: int) -> bool:
+        """Whether to fetch now, for so much room: half the source's share at once, or anything when nothing of it is ready."""
+        return (
+            room > 0
+            and self.limit > 0
+            and (room * 2 >= source.share or not source.ready)
+            and not ((self.waiting or self.stuck) and self.full_of_waiting)
+        )
+
     def accept(self, source: Source, received: Received, now: float) -> None:
         """A message came: it goes to its lane, or is ready; a copy of one that is in hand joins it; an expired one is settled."""
         envelope = received.envelope

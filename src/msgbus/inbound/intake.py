@@ -108,8 +108,8 @@ class Intake:
     async def _pump(self, source: Source) -> None:
         hand = self._hand
         while True:
-            room = self._room(source)
-            if not self._takes(source, room):
+            room = self._room(source) if source.siblings else source.window - source.held
+            if not hand.takes(source, room):
                 await self._wait_for_room(source)
                 self._hurry_what_others_wait_for()
                 while not hand.limit and (jobs := hand.take_draining()):  # paused: what is ready must not hold it up either
@@ -130,26 +130,16 @@ class Intake:
             now = time.time()
             for received in batch:
                 hand.accept(source, received, now)
-            self._hurry_what_others_wait_for()
+            if hand.waiting:
+                self._hurry_what_others_wait_for()
             if batch:
                 self._after_batch()
             elif source.siblings:
                 await self._let_siblings_look(source)
 
-    def _takes(self, source: Source, room: int) -> bool:
-        """Whether to fetch now: half its share at once, or anything when nothing of it is ready."""
-        hand = self._hand
-        return (
-            room > 0
-            and hand.limit > 0
-            and (room * 2 >= source.share or not source.ready)
-            and not ((hand.waiting or hand.stuck) and hand.full_of_waiting)
-        )
-
     def _room(self, source: Source) -> int:
-        """How many more it may hold. A level without messages lends its share of the window, less one place, to those that have some."""
-        if not source.siblings:
-            return source.window - source.held
+        """How many more it may hold beside other levels. One without messages lends its share of the window, less one place, to those that
+        have some."""
         held = source.held + sum(other.held for other in source.siblings)
         if self._suspects.quarantine:
             return 0 if held or any(other.asked for other in source.siblings) else 1

@@ -291,7 +291,8 @@ class Runner:
                 await hand.idle()
                 continue
             job = hand.ready.take()
-            if job.lost or job.received.tenure.draining:
+            tenure = job.received.tenure
+            if tenure.lost or tenure.draining or job.source.closed:
                 await self._carrier.release(job)
                 continue
             if job.envelope.expires_at is not None and hand.expired(job):

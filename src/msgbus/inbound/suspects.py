@@ -56,9 +56,11 @@ class Suspects:
 
     def turn(self, source: Source, sources: Sequence[Source], batch: Sequence[Received]) -> bool:
         """Looks at what came. True: the quarantine has just begun, or just ended, and the batch must not be handled the old way."""
-        suspects = bool([one for one in batch if one.crashes and self.deaths(one) >= SUSPECT])  # a generator is a call a message
-        if suspects:
-            self._levels.add(source.level)
+        suspects = False
+        for one in batch:  # each one is to be counted
+            if one.crashes and self.deaths(one) >= SUSPECT:
+                suspects = True
+                self._levels.add(source.level)
         if not self.quarantine:
             self.quarantine = suspects
             return suspects

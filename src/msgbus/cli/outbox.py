@@ -16,6 +16,7 @@ from rich.text import Text
 from msgbus.bus import Bus
 from msgbus.cli import tables
 from msgbus.cli.console import FAILED, Json, Url, Where, broker_shown, connected, finish, say, show, show_json
+from msgbus.contract.adapter import Capability
 from msgbus.contract.outbox import OutboxStatus, TransactionalStore
 from msgbus.errors import ConfigurationError, NotFound
 from msgbus.running import make_relay
@@ -56,13 +57,18 @@ def _shown(found: OutboxStatus) -> list[Table]:
 def relay(where: Where, url: Url = None) -> None:
     """Send the outbox's rows until SIGTERM or Ctrl-C; runs no handlers. `msgbus run` does it too: this is for a process of its own.
 
-    Any number of relays work side by side.
+    Any number of relays work side by side. A broker in the memory of one process (memory://) is refused: nobody would have the messages.
     """
     finish(where, url, _relay)
 
 
 async def _relay(bus: Bus) -> None:
     async with _store(bus), connected(bus) as runtime:
+        if Capability.SHARED not in runtime.adapter.capabilities:
+            raise ConfigurationError(
+                f"{runtime.adapter.name}:// lives in this process, which runs no handlers: what is sent there reaches nobody and counts as "
+                "sent. Name a broker that processes share, by MSGBUS_URL or --url"
+            )
         relaying = await make_relay(runtime)
         assert relaying is not None  # _store looked
         loop = asyncio.get_running_loop()

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from tests.brokers import Server
 from tests.unit.cli.conftest import Invoke, Write
 
 SHOP = """
@@ -69,12 +71,13 @@ def test_a_program_without_an_outbox(invoke: Invoke, write: Write) -> None:
     assert "SqlStore" in said.err
 
 
-def test_a_relay_of_its_own(write: Write) -> None:
+@pytest.mark.broker("redis")
+def test_a_relay_of_its_own(write: Write, running: Server) -> None:
     """It sends what is due until it is told to stop, and says how many."""
     write("shop", SHOP)
-    environment = _environment()
+    environment = {**_environment(), "MSGBUS_NAMESPACE": f"t{os.urandom(4).hex()}."}
     subprocess.run([sys.executable, "-c", "import asyncio, shop; asyncio.run(shop.fill())"], check=True, env=environment)
-    command = [sys.executable, "-m", "msgbus", "outbox", "relay", "shop", "--url", "memory://"]
+    command = [sys.executable, "-m", "msgbus", "outbox", "relay", "shop", "--url", running.url]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as relay:
         count = [sys.executable, "-m", "msgbus", "outbox", "status", "shop", "--json"]
         while json.loads(subprocess.run(count, check=True, env=environment, capture_output=True).stdout)["due"]:
@@ -82,8 +85,19 @@ def test_a_relay_of_its_own(write: Write) -> None:
         relay.send_signal(signal.SIGTERM)
         _, said = relay.communicate(timeout=30)
     assert relay.returncode == 0
-    assert "relaying to memory://" in said
+    assert "relaying to redis://" in said
     assert "stopped; 2 messages sent" in said
+
+
+@pytest.mark.parametrize("url", [["--url", "memory://shop"], []])
+def test_a_relay_to_nobody(invoke: Invoke, write: Write, url: list[str]) -> None:
+    """In memory, which is also what no URL means, messages would be gone and count as sent: it is refused, and they stay due."""
+    write("shop", SHOP)
+    subprocess.run([sys.executable, "-c", "import asyncio, shop; asyncio.run(shop.fill())"], check=True, env=_environment())
+    refused = invoke("outbox", "relay", "shop", *url)
+    assert refused.code == 1
+    assert "reaches nobody" in refused.err
+    assert json.loads(invoke("outbox", "status", "shop", "--json").out)["due"] == 2
 
 
 def _environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from examples.shop import demo
 from examples.shop.parts import ShopError
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=_natural, default=2, metavar="N", help="how often each part is killed (2)")
     parser.add_argument("--seconds", type=_positive, default=20, metavar="S", help="how long customers take for it, about (20)")
     parser.add_argument("--patience", type=_positive, default=60, metavar="S", help="give up after so many seconds without progress (60)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep logs, and SQLite's files, in a new folder in this one")
     told = parser.parse_args(arguments)
     console = Console()
     task = demo.Run(
@@ -36,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kills=told.kills,
         seconds=told.seconds,
         patience=told.patience,
+        folder=told.folder,
     )
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parts are ended, whoever ends the demo
     try:
         outcome = asyncio.run(demo.run(task, console))
-    except (ShopError, MsgbusError, ValueError) as error:
+    except (ShopError, MsgbusError, ValueError, OSError) as error:
         console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         return 1
     except KeyboardInterrupt:

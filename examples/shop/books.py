@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from examples.shop.database import engine_of
 from sqlalchemy import inspect, text
+from sqlalchemy.ext.asyncio import async_sessionmaker
+
+from msgbus.stores.sql import SqlStore
 
 BOOKS = {"orders": "orders", "billing": "invoices", "shipping": "shipments"}
 """Each service's table with a row for each order."""
@@ -41,6 +44,11 @@ class Books:
                 tables = await connection.run_sync(lambda connection: inspect(connection).get_table_names())
             count += BOOKS[service] not in tables
         return count
+
+    async def unsent(self) -> int:
+        """Rows of the outboxes that no relay has sent, those among them that a broker refused."""
+        found = [await SqlStore(async_sessionmaker(engine)).status() for engine in self._engines.values()]
+        return sum(one.due + one.delayed + one.parked for one in found)
 
     async def close(self) -> None:
         for engine in self._engines.values():

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from examples.shop import places
 from examples.shop.books import Books, Line
@@ -50,6 +49,8 @@ class Run:
     """How long customers take to buy, about."""
     patience: float = 60.0
     """Seconds without progress after which the rest is given up as lost."""
+    folder: Path | None = None
+    """Where logs and files of the databases are kept, in a folder of the run's own. None: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ async def run(task: Run, console: Console) -> Outcome:
     """
     run_id = secrets.token_hex(4)
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="msgbus-shop-")))
+        folder = _folder(task.folder, run_id, stack)
         url, own_broker = places.broker(task.url, folder)
         databases = await stack.enter_async_context(places.databases(task.database, run_id, folder))
         # Every run has names of its own at the broker: what an earlier one left there is not counted.
@@ -100,6 +101,15 @@ async def run(task: Run, console: Console) -> Outcome:
             stack.push_async_callback(part.kill)
             await part.start()
         return await _day(task, Shop(f"http://127.0.0.1:{port}", parts, books, variables), console)
+
+
+def _folder(kept: Path | None, run_id: str, stack: AsyncExitStack) -> Path:
+    """Of this run: one that is kept, or one that is deleted in the end."""
+    if kept is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="msgbus-shop-")))
+    folder = kept.resolve() / f"shop-{run_id}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 async def _day(task: Run, shop: Shop, console: Console) -> Outcome:
@@ -179,25 +189,16 @@ async def _replay(shop: Shop) -> None:
 
 
 async def _left(shop: Shop) -> int:
-    """What is not done yet, by the command line, as an operator would look."""
-    left = 0
-    for service in places.SERVICES:
-        outbox = await _msgbus(shop.variables[service], "outbox", "status", f"examples.shop.{service}:bus")
-        groups = await _msgbus(shop.variables[service], "groups", "list", f"examples.shop.{service}:bus")
-        left += outbox["due"] + outbox["delayed"] + outbox["parked"]
-        left += sum(group[what] or 0 for group in groups for what in ("ready", "in_flight", "delayed", "dead"))
-    return left
-
-
-async def _msgbus(variables: Mapping[str, str], *command: str) -> Any:  # Any: JSON
-    """What a command of msgbus says. Raises `ShopError` where it fails."""
+    """What is not done yet: rows of the outboxes, and what the groups have, as the command line tells an operator."""
+    command = ("msgbus", "groups", "list", "examples.shop.billing:bus", "--json")  # billing knows both topics
     asked = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "msgbus", *command, "--json"), env=variables, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", *command), env=shop.variables["billing"], stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     said, words = await asked.communicate()
     if asked.returncode:
-        raise ShopError(f"msgbus {' '.join(command)} failed:\n{words.decode()}")
-    return json.loads(said)
+        raise ShopError(f"{' '.join(command)} failed:\n{words.decode()}")
+    waiting = sum(group[what] or 0 for group in json.loads(said) for what in ("ready", "in_flight", "delayed", "dead"))
+    return waiting + await shop.books.unsent()
 
 
 class _Bars:

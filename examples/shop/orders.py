@@ -45,7 +45,7 @@ class Accepted(BaseModel):
 
 engine = connect("orders")
 sessions = async_sessionmaker(engine, expire_on_commit=False)
-store = SqlStore(sessions, create_tables=True)  # in production a migration makes the tables, here and below
+store = SqlStore(sessions, create_tables=True)  # in production a migration makes the tables
 bus = Bus(service="orders", store=store)
 
 
@@ -63,12 +63,13 @@ app = FastAPI(title="orders", lifespan=lifespan)
 async def buy(purchase: Purchase, idempotency_key: Annotated[str, Header(min_length=1, max_length=100)], response: Response) -> Accepted:
     """201: bought, for good. 200: this request was answered before, with this order. 422: it was another purchase then."""
     order = Order(order_id=uuid.uuid4().hex, request=idempotency_key, **purchase.model_dump())
-    placed = OrderPlaced(order_id=order.order_id, **purchase.model_dump())
+    message = OrderPlaced(order_id=order.order_id, **purchase.model_dump())
     try:
         async with sessions.begin() as session:
             session.add(order)
             await session.flush()  # fails here if the request is known
-            await bus.outbox(session).publish(orders_placed, placed, idempotency_key=order.order_id)
+            # The key names the effect: an order is one invoice, however often and by whomever its message is published.
+            await bus.outbox(session).publish(orders_placed, message, idempotency_key=order.order_id)
     except IntegrityError:
         response.status_code = 200
         return await answered_before(purchase, idempotency_key)

@@ -68,11 +68,11 @@ def reconciliation(outcome: Outcome, title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
     table.add_column("part", "expected", no_wrap=True)
     table.add_column("has", no_wrap=True)
-    table.add_column("", f"{expected:,}", justify="right")
+    table.add_column("count", f"{expected:,}", justify="right")
     for name, footer in (("lost", "0"), ("twice", "0"), ("out of order", "0"), ("again", "any"), ("killed", "")):
         table.add_column(name, footer, justify="right")
     none = "[dim]–[/]"
-    table.add_row("customers", "accepted", f"{expected:,}", none, _judged(told.two_orders, 0), none, none, none)
+    table.add_row("customers", "accepted", f"{expected:,}", none, _judged(told.two_orders, 0), none, f"{told.unanswered:,}", none)
     again = {**outcome.repeated, "orders": told.repeated}
     for part, killed in outcome.killed.items():
         book = outcome.books.get(part)

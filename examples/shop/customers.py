@@ -58,7 +58,7 @@ async def _shop(client: httpx.AsyncClient, name: str, count: int, pause: float, 
         told.two_orders += len(set(answers)) > 1
 
 
-@retry(retry=retry_if_exception_type(Unanswered), wait=wait_random(0.05, 0.3), stop=stop_after_delay(PATIENCE), reraise=True)
+@retry(retry=retry_if_exception_type(Unanswered), wait=wait_random(0.1, 0.5), stop=stop_after_delay(PATIENCE), reraise=True)
 async def _buy(client: httpx.AsyncClient, request: str, customer: str, item: str, told: Told) -> str:
     """The order's id, once the shop has taken it."""
     try:

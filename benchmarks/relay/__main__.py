@@ -21,6 +21,7 @@ from benchmarks.throughput.measuring import PATIENCE, Order, Took, order
 from benchmarks.throughput.with_msgbus import GROUP, declare, versions, waiting
 from msgbus import Bus, Topic
 from msgbus.contract.adapter import Purgeable
+from msgbus.contract.envelope import new_id
 from msgbus.outbound.relay import Relay
 from msgbus.running import make_relay
 from msgbus.stores.sql import SqlStore, make_outbox_tables
@@ -104,7 +105,7 @@ async def fill(database: str, broker: str, count: int, prefix: str) -> dict[str,
         for start in range(0, count, 10_000):
             chunk = [
                 {
-                    "message_id": str(uuid.uuid4()),
+                    "message_id": new_id((fixed["created_at"] - (count - number)) / 1000),
                     "key": f"k{number % 977}" if number % 2 else None,
                     "shard": number % SHARDS,
                     "at": fixed["created_at"] - (count - number),

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -91,9 +92,17 @@ class Envelope:
     expires_at: float | None = None
 
 
-def new_id() -> str:
-    """A fresh message id: 32 hexadecimal digits, random."""
-    return os.urandom(16).hex()
+def new_id(now: float | None = None) -> str:
+    """A fresh message id: 32 hexadecimal digits, the first 8 of the second it was made in, the others random.
+
+    So that ids of one time are neighbours in a database's index, which then need not read another page of it for each.
+    """
+    return _second_digits(int(time.time() if now is None else now)) + os.urandom(12).hex()
+
+
+@functools.lru_cache(8)  # many messages are published within a second
+def _second_digits(second: int) -> str:
+    return f"{second & 0xFFFFFFFF:08x}"
 
 
 def utc_text(moment: float) -> str:

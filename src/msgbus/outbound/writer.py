@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -26,6 +25,7 @@ from msgbus.contract.envelope import (
     Envelope,
     check_headers,
     check_id,
+    new_id,
     utc_text,
 )
 from msgbus.errors import EncodeError, InvalidHeader, MessageTooLarge, UnsupportedFeature
@@ -107,8 +107,8 @@ class Writer(Generic[M]):
             )
         key = self._key(message) if self._key is not None else None
         headers = self._headers.copy()
-        message_id = os.urandom(16).hex()
         now = time.time()
+        message_id = new_id(now)
         headers[CE_TIME] = utc_text(now)
         cause = handling.get()
         if cause is not None:

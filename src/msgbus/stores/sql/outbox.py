@@ -142,7 +142,7 @@ def settle(connection: Connection, tables: OutboxTables, token: str, sent: Seque
     """Gives the shards back and marks what became of rows in those that were still ours; how many rows were in others."""
     outbox, shards = tables.outbox, tables.shards
     _give_back(connection, tables, token)  # first: it locks them, on SQLite the database, so that nobody takes them before the end
-    ours = outbox.c.shard.in_(select(shards.c.shard).where(shards.c.token == token))
+    ours = outbox.c.shard.in_(list(connection.scalars(select(shards.c.shard).where(shards.c.token == token))))
     changed = 0
     if sent:
         marked = update(outbox).where(_among(connection, outbox.c.id, sent), ours)

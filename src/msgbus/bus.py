@@ -211,7 +211,8 @@ class Bus(Router, Publishes):
         """How the bus and its broker are, from what is known just now: no I/O."""
         from msgbus.health import assess
 
-        return assess(self._entered().monitor, self._runners, self._ended, self._relay)
+        runtime = self._entered()
+        return assess(runtime.monitor, self._runners, self._ended, self._relay, runtime.watch)
 
     def pause(self, subscription: str) -> None:
         """Stops starting handlers of the subscriptions of this name, in this process. Raises `NotFound`."""

@@ -12,6 +12,7 @@ from msgbus.contract.adapter import Adapter, HasGroups
 from msgbus.errors import BrokerError
 from msgbus.inbound.runner import Runner
 from msgbus.outbound.relay import Relay
+from msgbus.outbound.watch import Watch
 
 log = logging.getLogger("msgbus")
 
@@ -89,7 +90,9 @@ class Monitor:
             self.unclaimed = tuple([topic for topic in self._published() if not await adapter.groups(topic)])
 
 
-def assess(monitor: Monitor, runners: Sequence[Runner], ended: Iterable[str], relay: Relay | None = None) -> Health:
+def assess(
+    monitor: Monitor, runners: Sequence[Runner], ended: Iterable[str], relay: Relay | None = None, watch: Watch | None = None
+) -> Health:
     """The health of a bus, from what its parts say just now."""
     problems: list[str] = []
     down = False
@@ -99,8 +102,10 @@ def assess(monitor: Monitor, runners: Sequence[Runner], ended: Iterable[str], re
     for name in ended:
         down = True
         problems.append(f"{name}: ended by an error; the process must be restarted")
-    if relay is not None:
-        problems += relay.problems()
+    if relay is not None and relay.problem is not None:
+        problems.append(f"outbox: {relay.problem}")
+    elif watch is not None:
+        problems += watch.problems
     subscriptions: list[SubscriptionHealth] = []
     for runner in runners:
         plan = runner.plan

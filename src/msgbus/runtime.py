@@ -14,6 +14,7 @@ from msgbus.contract.adapter import Adapter, ReceiverSpec, TopicSpec
 from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import Envelope, check_group, check_topic
 from msgbus.contract.idempotency import IdempotencyStore
+from msgbus.contract.outbox import TransactionalStore
 from msgbus.errors import BrokerUnavailable, ConfigurationError, InvalidName, MessageError, PublishManyError
 from msgbus.health import Monitor
 from msgbus.inbound.plan import Defaults, Plan, check_topics, known_topics, plan_all
@@ -21,6 +22,7 @@ from msgbus.inbound.settle import Settler
 from msgbus.inbound.subscription import Subscription
 from msgbus.middleware.base import Middleware
 from msgbus.outbound.pipeline import Pipeline
+from msgbus.outbound.watch import Watch
 from msgbus.outbound.writer import Writer, topic_spec
 from msgbus.publishing import PublishManyOptions, PublishOptions, Receipt
 from msgbus.retry import Retry
@@ -76,7 +78,8 @@ class Runtime:
             min(2.0, settings.heartbeat.total_seconds()),
             lambda: [writer.spec.name for writer in self._writers.values()],
         )
-        self._monitoring: asyncio.Task[None] | None = None
+        self.watch = Watch(store) if isinstance(store, TransactionalStore) else None
+        self._watching: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------ opening and closing
 
@@ -90,13 +93,16 @@ class Runtime:
         except BaseException:
             await self._close_adapter()
             raise
-        self._monitoring = asyncio.create_task(self.monitor.run(), name="msgbus monitor")
+        self._watching = [asyncio.create_task(self.monitor.run(), name="msgbus monitor")]
+        if self.watch is not None:
+            self._watching.append(asyncio.create_task(self.watch.run(), name="msgbus outbox watch"))
 
     async def close(self) -> None:
         """Publishes under way get their outcome; then the adapter is closed. Bounded by `close_timeout`."""
-        if self._monitoring is not None:
-            self._monitoring.cancel()
-            await asyncio.wait([self._monitoring], timeout=self.close_timeout)
+        for task in self._watching:
+            task.cancel()
+        if self._watching:
+            await asyncio.wait(self._watching, timeout=self.close_timeout)
         await self.pipeline.close(self.close_timeout)
         await self._close_adapter()
 

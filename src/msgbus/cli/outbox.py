@@ -28,7 +28,10 @@ Limit = Annotated[int, typer.Option("--limit", min=0, help="Show at most so many
 
 @app.command("status", short_help="Count what waits, and show what is parked.")
 def status(where: Where, limit: Limit = 20, as_json: Json = False) -> None:
-    """Count what is due, delayed, parked and sent, and show the oldest parked rows with the broker's reason. Needs no broker."""
+    """Count what is due, delayed, parked and sent, and show the oldest parked rows with the broker's reason. Needs no broker.
+
+    Says so, too, where rows are due and no relay takes them.
+    """
     finish(where, None, lambda bus: _status(bus, limit, as_json))
 
 
@@ -39,12 +42,16 @@ async def _status(bus: Bus, limit: int, as_json: bool) -> None:
         show_json(asdict(found))
     else:
         show(*_shown(found))
+        for problem in found.problems:
+            say(f"warning: {problem}")
 
 
 def _shown(found: OutboxStatus) -> list[Table]:
-    counts = tables.table("Outbox", "due", "oldest due", "delayed", "parked", "sent (kept a day)", right=("due", "delayed", "parked"))
+    headings = ("due", "oldest due", "delayed", "parked", "sent (kept a day)", "a relay took rows")
+    counts = tables.table("Outbox", *headings, right=("due", "delayed", "parked"))
     oldest = "" if found.oldest is None else f"{found.oldest:.1f} s"
-    counts.add_row(str(found.due), oldest, str(found.delayed), str(found.parked), str(found.sent))
+    last = "never" if found.idle is None else f"{found.idle:.0f} s ago"
+    counts.add_row(str(found.due), oldest, str(found.delayed), str(found.parked), str(found.sent), last)
     if not found.parked_rows:
         return [counts]
     parked = tables.table("Parked", "row", "topic", "key", "message", "refused", "reason", right=("row", "refused"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msgbus.contract.adapter import TopicSpec
 from msgbus.contract.envelope import Envelope
@@ -53,16 +53,46 @@ class Refusal:
     after: float | None
 
 
+NOBODY = 30.0
+"""Seconds that a row may be due, with no relay at work, until it is said that nobody relays: a relay looks every second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What health asks of an outbox."""
+
+    parked: int
+    oldest: float | None
+    """How many seconds the longest overdue row has been waiting; None: none is due."""
+    idle: float | None
+    """How many seconds ago a relay, of any process, last had rows in its hands; 0: one has some now; None: none ever had."""
+
+    def problems(self) -> list[str]:
+        """What somebody should look at, a line each."""
+        found: list[str] = []
+        if self.oldest is not None and self.oldest > NOBODY and (self.idle is None or self.idle > NOBODY):
+            last = "none ever has" if self.idle is None else f"the last one did {self.idle:.0f} s ago"
+            found.append(
+                f"nobody relays this store: a row is due for {self.oldest:.0f} s, and no relay takes any ({last}): "
+                "run `msgbus outbox relay`, or the bus with run() or running()"
+            )
+        if self.parked:
+            found.append(f"{self.parked} messages are parked: msgbus outbox status shows them")
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class OutboxStatus:
-    """How many rows there are. `oldest`: how long, in seconds, the longest overdue row has been waiting."""
+    """How many rows there are, and what `glance` tells. `due`, `delayed` and `parked` rows are not sent, `sent` ones are kept a while."""
 
     due: int
     delayed: int
     parked: int
     sent: int
     oldest: float | None
-    parked_rows: Sequence[Mapping[str, object]] = field(default_factory=tuple[Mapping[str, object], ...])
+    idle: float | None
+    problems: Sequence[str] = ()
+    parked_rows: Sequence[Mapping[str, object]] = ()
     """The oldest parked rows: id, message_id, topic, key, attempts, last_error."""
 
 
@@ -154,6 +184,10 @@ class TransactionalStore(IdempotencyStore):
     @abstractmethod
     async def clean(self, keep: float) -> int:
         """Deletes a bounded number of rows sent more than `keep` seconds ago, and of inbox rows whose time is over; how many."""
+
+    @abstractmethod
+    async def glance(self) -> Glance:
+        """What health asks now and then. It costs the same however many rows were sent. Raises `StoreError`, as do those below."""
 
     @abstractmethod
     async def status(self, limit: int = 10) -> OutboxStatus:

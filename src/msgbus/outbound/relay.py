@@ -55,8 +55,6 @@ class Relay:
     ) -> None:
         self.problem: str | None = None
         """What keeps rows from being sent just now."""
-        self.parked = 0
-        """Rows that wait for a person, when last counted."""
         self.sent = 0
         """Rows sent by this relay."""
         self._store = store
@@ -74,11 +72,6 @@ class Relay:
         """`run` returns once the rows under way are settled. Twice is once."""
         self._stopping = True
         self._awake.set()
-
-    def problems(self) -> list[str]:
-        """What health says."""
-        found = [] if self.problem is None else [f"outbox: {self.problem}"]
-        return found + ([f"outbox: {self.parked} messages are parked: msgbus outbox status shows them"] if self.parked else [])
 
     async def run(self) -> None:
         """Sends what is due until `stop`, through outages of database and broker. Raises only what is a bug."""
@@ -209,18 +202,12 @@ class Relay:
                 continue
             if lost:
                 log.warning("outbox: %d rows were no longer this relay's when they were done: they may be sent twice", lost)
-            if any(refusal.after is None for refusal in refused.values()):
-                self._care_at = self._loop.time()
             return
 
     async def _care(self) -> int:
-        """Deletes what is over, a chunk a time, and counts what is parked; how many rows were deleted."""
+        """Deletes what is over, a chunk a time; how many rows."""
         deleted = await self._store.clean(KEEP)
-        if deleted:
-            self._care_at = self._loop.time() + MORE_CARE
-        else:
-            self.parked = (await self._store.status(0)).parked
-            self._care_at = self._loop.time() + CARE * random.uniform(0.8, 1.2)
+        self._care_at = self._loop.time() + (MORE_CARE if deleted else CARE * random.uniform(0.8, 1.2))
         return deleted
 
     # ------------------------------------------------------------ inside

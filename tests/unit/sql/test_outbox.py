@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import create_engine, event, func, insert, select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from tests.unit.sql.databases import Database
@@ -145,6 +146,81 @@ async def test_without_a_transaction_nothing_is_stored(store: SqlStore, place: D
         with pytest.raises(OutboxError):
             await outbox.publish(AUDIT, Order(id="3"))
     assert len(await rows(store)) == 1
+
+
+async def test_autocommit_is_no_transaction(store: SqlStore, place: Database, bus: Bus) -> None:
+    """Where each statement commits itself a rollback would take back nothing: it is refused, and what else was written is as it was."""
+    count = select(func.count()).select_from(store.tables.inbox)
+    row = {"consumer": "c", "state": 0, "fingerprint": "", "created_at": 0, "expires_at": 2**60}
+    engine = place.engine().execution_options(isolation_level="AUTOCOMMIT")
+    made_so = create_async_engine(place._with(0), isolation_level="AUTOCOMMIT")
+    plain = create_engine(place._with(1), isolation_level="AUTOCOMMIT")
+    try:
+        for number, one in enumerate((engine, made_so)):
+            async with place.sessions(one)() as session, session.begin():
+                await session.execute(insert(store.tables.inbox).values(message_id=f"s{number}", **row))
+                with pytest.raises(OutboxError, match="AUTOCOMMIT"):
+                    await bus.outbox(session).publish(AUDIT, Order(id="1"))
+            async with one.begin() as connection:
+                with pytest.raises(OutboxError, match="AUTOCOMMIT"):
+                    await bus.outbox(connection).publish_many(AUDIT, [Order(id="1")])
+                assert (await connection.execute(count)).scalar_one() == number + 1
+        with Session(plain) as sync_session, sync_session.begin():
+            with pytest.raises(OutboxError, match="AUTOCOMMIT"):
+                bus.outbox(sync_session).publish(AUDIT, Order(id="1"))
+            assert sync_session.execute(count).scalar_one() == 2
+        with pytest.raises(ConfigurationError, match="AUTOCOMMIT"):
+            await SqlStore(place.sessions(made_so), tables=store.tables).open()
+    finally:
+        await engine.dispose()
+        await made_so.dispose()
+        plain.dispose()
+    assert await rows(store) == []
+
+
+async def test_transactions_begun_by_hand_are_transactions(place: Database) -> None:
+    """SQLAlchemy's way to have SQLite's savepoints right, a driver that begins nothing by itself and a BEGIN by hand, is no autocommit."""
+    if place.url.get_backend_name() != "sqlite":
+        pytest.skip("of SQLite alone")
+    async with place.opened() as store:
+        engine = place.engine()
+
+        @event.listens_for(engine.sync_engine, "connect")
+        def connect(connection: Any, record: Any) -> None:
+            connection.isolation_level = None
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def begin(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN")
+
+        bus = Bus("memory://", service="shop", store=store)
+        async with place.sessions(engine)() as session:
+            async with session.begin():
+                savepoint = await session.begin_nested()
+                await bus.outbox(session).publish(AUDIT, Order(id="1"))
+                await savepoint.rollback()
+                await bus.outbox(session).publish(AUDIT, Order(id="2"))
+            async with session.begin() as transaction:
+                await bus.outbox(session).publish(AUDIT, Order(id="3"))
+                await transaction.rollback()
+        await engine.dispose()
+        assert [Order.model_validate_json(row.payload).id for row in await rows(store)] == ["2"]
+
+
+async def test_a_session_that_must_be_rolled_back_first(store: SqlStore, place: Database, bus: Bus) -> None:
+    """Where a statement that failed has aborted the transaction, a publish says so as an `OutboxError`; afterwards it works again."""
+    if place.url.get_backend_name() != "postgresql":
+        pytest.skip("elsewhere a failed statement aborts nothing")
+    async with place.sessions(store.engine)() as session:
+        async with session.begin() as transaction:
+            with pytest.raises(SQLAlchemyError):
+                await session.execute(text("SELECT nothing FROM nowhere"))
+            with pytest.raises(OutboxError, match="aborted"):
+                await bus.outbox(session).publish(AUDIT, Order(id="1"))
+            await transaction.rollback()
+        async with session.begin():
+            await bus.outbox(session).publish(AUDIT, Order(id="2"))
+    assert [Order.model_validate_json(row.payload).id for row in await rows(store)] == ["2"]
 
 
 async def test_missing_tables_harm_no_transaction(place: Database) -> None:

@@ -160,8 +160,7 @@ async def test_a_refused_row_blocks_its_key_alone_until_it_is_parked_and_after(s
     assert (status.due, status.parked, status.sent) == (1, 2, 2)
     assert [(row["topic"], row["attempts"]) for row in status.parked_rows] == [("orders", ATTEMPTS), ("loose", 1)]
     assert "PublishRejected: no" in str(status.parked_rows[0]["last_error"])
-    await relay._care()
-    assert relay.problems() == ["outbox: 2 messages are parked: msgbus outbox status shows them"]
+    assert (await store.glance()).problems() == ["2 messages are parked: msgbus outbox status shows them"]
     first = status.parked_rows[0]["id"]
     assert isinstance(first, int)
     assert await store.retry([first]) == 1

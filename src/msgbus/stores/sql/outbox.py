@@ -41,7 +41,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from msgbus.contract.adapter import TopicSpec
 from msgbus.contract.address import shard_of
 from msgbus.contract.envelope import CONTENT_TYPE, Envelope, Priority
-from msgbus.contract.outbox import Claimed, NewRow, OutboxStatus, Refusal, Row
+from msgbus.contract.outbox import Claimed, Glance, NewRow, OutboxStatus, Refusal, Row
 from msgbus.errors import OutboxError
 from msgbus.stores.sql.schema import MYSQL, PARKED, PENDING, SENT, SHARDS, OutboxTables, now_ms
 
@@ -192,23 +192,40 @@ def clean(connection: Connection, tables: OutboxTables, keep: float, limit: int)
 # ---------------------------------------------------------------- people
 
 
+def glance(connection: Connection, tables: OutboxTables) -> Glance:
+    """By the indexes of what is not sent: of each shard the first due row."""
+    outbox, shards = tables.outbox, tables.shards
+    of_shard = select(outbox.c.available_at).where(outbox.c.shard == shards.c.shard, *_due(tables)).order_by(outbox.c.available_at).limit(1)
+    firsts = select(of_shard.scalar_subquery().label("first"), shards.c.lease_until, now_ms().label("now")).subquery()
+    looked = select(func.min(firsts.c.first), func.max(firsts.c.lease_until), func.max(firsts.c.now))
+    first, last, now = connection.execute(looked).one()
+    # MySQL has no partial indexes, but those that begin with shard and status; the others have one of what is not sent.
+    parked = select(func.count()).where(outbox.c.shard.in_(range(SHARDS)), outbox.c.status == _PARKED, outbox.c.status != _ONE)
+    return Glance(
+        parked=connection.execute(parked).scalar_one(),
+        oldest=None if first is None else (now - first) / 1000,
+        idle=max(0, now - last) / 1000 if last else None,
+    )
+
+
 def status(connection: Connection, tables: OutboxTables, limit: int) -> OutboxStatus:
     """Counts, and the oldest parked rows."""
     outbox = tables.outbox
+    glanced = glance(connection, tables)
     late = outbox.c.available_at <= now_ms()
     counts: dict[int, int] = {row[0]: row[1] for row in connection.execute(select(outbox.c.status, func.count()).group_by(outbox.c.status))}
-    delayed = connection.execute(select(func.count()).where(outbox.c.status == PENDING, not_(late))).scalar_one()
-    measured = select(func.count(), func.min(outbox.c.available_at), func.max(now_ms())).where(outbox.c.status == PENDING, late)
-    due, first, now = connection.execute(measured).one()
+    delayed = connection.execute(select(func.count()).where(outbox.c.status == _PENDING, not_(late))).scalar_one()
     shown = (outbox.c.id, outbox.c.message_id, outbox.c.topic, outbox.c.key, outbox.c.attempts, outbox.c.last_error)
     parked = connection.execute(select(*shown).where(outbox.c.status == PARKED).order_by(outbox.c.id).limit(limit)).mappings()
     return OutboxStatus(
-        due=due,
+        due=counts.get(PENDING, 0) - delayed,
         delayed=delayed,
         parked=counts.get(PARKED, 0),
         sent=counts.get(SENT, 0),
-        oldest=(now - first) / 1000 if due else None,
-        parked_rows=tuple({str(name): value for name, value in row.items()} for row in parked),
+        oldest=glanced.oldest,
+        idle=glanced.idle,
+        problems=glanced.problems(),
+        parked_rows=[{str(name): value for name, value in row.items()} for row in parked],
     )
 
 

@@ -171,3 +171,15 @@ def problems(connection: Connection, tables: OutboxTables) -> list[str]:
             if isinstance(constraint, UniqueConstraint) and (names := tuple(constraint.columns.keys())) not in unique:
                 found.append(f"{table.fullname} ({', '.join(names)}) is not unique")
     return found
+
+
+def autocommits(connection: Connection) -> bool:
+    """Whether each statement commits itself, whatever a session believes. No I/O."""
+    pooled = connection.connection
+    if connection.dialect.name == "sqlite":  # whose drivers are told to leave transactions alone also by programs that begin them by hand
+        driver: Any = pooled.driver_connection  # sqlite3's connection, or aiosqlite's
+        return not driver.in_transaction and driver.isolation_level is None
+    try:
+        return connection.dialect.detect_autocommit_setting(pooled.dbapi_connection)  # type: ignore[arg-type]  # it is connected
+    except NotImplementedError:
+        return False

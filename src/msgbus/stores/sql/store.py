@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import Pool, QueuePool, StaticPool
 
 from msgbus.contract.idempotency import Claim
-from msgbus.contract.outbox import Claimed, OutboxStatus, Refusal, SyncWrites, Transaction, TransactionalStore, Writes
+from msgbus.contract.outbox import Claimed, Glance, OutboxStatus, Refusal, SyncWrites, Transaction, TransactionalStore, Writes
 from msgbus.errors import ConfigurationError, OutboxError, StoreError
 from msgbus.stores.sql import inbox, outbox, schema
 from msgbus.stores.sql.errors import is_database_error, is_transient, shown
@@ -100,6 +100,8 @@ class SqlStore(TransactionalStore):
     # ------------------------------------------------------------ handlers and users
 
     async def open(self) -> None:
+        if await self._run(schema.autocommits, self.engine):
+            raise ConfigurationError(f'{self!r}: with isolation_level="AUTOCOMMIT" nothing is a transaction; give it an engine without')
         if self._create:
             await self.create_tables()
         found = await self.problems()
@@ -218,6 +220,9 @@ class SqlStore(TransactionalStore):
     async def clean(self, keep: float) -> int:
         return await self.run(outbox.clean, self.tables, keep, CHUNK) + await self.run(inbox.clean, self.tables.inbox, CHUNK)
 
+    async def glance(self) -> Glance:
+        return await self.run(outbox.glance, self.tables)
+
     async def status(self, limit: int = 10) -> OutboxStatus:
         return await self.run(outbox.status, self.tables, limit)
 
@@ -236,7 +241,7 @@ class SqlStore(TransactionalStore):
 
         A caller that is cancelled still waits for its end a while: a driver that is cancelled midway loses its connection.
         """
-        task = asyncio.create_task(self._run(lambda connection: work(connection, *args, **kwargs)), name="msgbus store")
+        task = asyncio.create_task(self._run(lambda connection: work(connection, *args, **kwargs), self._own), name="msgbus store")
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -245,13 +250,13 @@ class SqlStore(TransactionalStore):
             await asyncio.wait([task], timeout=CANCEL_TIMEOUT)
             raise
 
-    async def _run(self, work: Callable[[Connection], R]) -> R:
+    async def _run(self, work: Callable[[Connection], R], engine: AsyncEngine) -> R:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CALL_TIMEOUT
         tries = 1
         while True:
             try:
-                async with asyncio.timeout_at(deadline), self._own.begin() as connection:
+                async with asyncio.timeout_at(deadline), engine.begin() as connection:
                     return await connection.run_sync(work)
             except Exception as error:
                 if not is_database_error(error):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection
@@ -28,6 +29,10 @@ REMEMBER_TIMEOUT = 10.0
 
 
 NO_TRANSACTION = "the outbox writes to a transaction, and this session has none: publish inside `async with session.begin():`"
+AUTOCOMMIT = (
+    'the outbox writes to a transaction, and on this connection there is none: with isolation_level="AUTOCOMMIT" each statement '
+    "commits itself; use an engine without it"
+)
 
 
 class Home(Protocol):
@@ -42,13 +47,21 @@ class Home(Protocol):
 
 def _insert(connection: Connection, home: Home, rows: Sequence[NewRow]) -> None:
     """The one statement. Before the first one the catalogue is read: what is missing must not abort the user's transaction."""
+    if schema.autocommits(connection):
+        raise OutboxError(AUTOCOMMIT)
+    if not home.checked:
+        found = schema.problems(connection, home.tables)
+        if found:
+            raise OutboxError(f"nothing was stored: {'; '.join(found)}")
+        home.checked = True
+    outbox.insert_rows(connection, home.tables, rows)
+
+
+@contextmanager
+def _told() -> Generator[None, None, None]:
+    """The database's errors, those of a session that cannot be used among them, are the outbox's."""
     try:
-        if not home.checked:
-            found = schema.problems(connection, home.tables)
-            if found:
-                raise OutboxError(f"nothing was stored: {'; '.join(found)}")
-            home.checked = True
-        outbox.insert_rows(connection, home.tables, rows)
+        yield
     except Exception as error:
         if not is_database_error(error):
             raise
@@ -66,10 +79,11 @@ class AsyncWrites(Writes):
         session = self._session
         if not session.in_transaction():
             raise OutboxError(NO_TRANSACTION)
-        if isinstance(session, AsyncSession):
-            self._home.wake_after(session.sync_session)
-            session = await session.connection(bind_arguments={"clause": self._home.tables.outbox})
-        await session.run_sync(_insert, self._home, rows)
+        with _told():
+            if isinstance(session, AsyncSession):
+                self._home.wake_after(session.sync_session)
+                session = await session.connection(bind_arguments={"clause": self._home.tables.outbox})
+            await session.run_sync(_insert, self._home, rows)
 
 
 class PlainWrites(SyncWrites):
@@ -83,10 +97,11 @@ class PlainWrites(SyncWrites):
         session = self._session
         if not session.in_transaction():
             raise OutboxError(NO_TRANSACTION)
-        if isinstance(session, Session):
-            self._home.wake_after(session)
-            session = session.connection(bind_arguments={"clause": self._home.tables.outbox})
-        _insert(session, self._home, rows)
+        with _told():
+            if isinstance(session, Session):
+                self._home.wake_after(session)
+                session = session.connection(bind_arguments={"clause": self._home.tables.outbox})
+            _insert(session, self._home, rows)
 
 
 class AsyncTransaction(Transaction):
@@ -111,7 +126,8 @@ class AsyncTransaction(Transaction):
 
     async def insert(self, rows: Sequence[NewRow]) -> None:
         self._wrote = True
-        await (await self._connection()).run_sync(_insert, self._home, rows)
+        with _told():
+            await (await self._connection()).run_sync(_insert, self._home, rows)
 
     async def commit(self) -> None:
         if self._session.sync_session.get_transaction() is not self._begun:
@@ -148,7 +164,8 @@ class ThreadTransaction(Transaction):
 
     async def insert(self, rows: Sequence[NewRow]) -> None:
         self._wrote = True
-        await asyncio.to_thread(lambda: _insert(self._connection(), self._home, rows))
+        with _told():
+            await asyncio.to_thread(lambda: _insert(self._connection(), self._home, rows))
 
     async def commit(self) -> None:
         await asyncio.to_thread(self._session.flush)  # what fails here is the handler's own

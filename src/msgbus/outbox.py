@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
-from contextvars import ContextVar
+from collections.abc import AsyncIterable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast, overload
 
@@ -13,9 +12,9 @@ from msgbus.codecs import codec_for
 from msgbus.contract.adapter import Adapter, Capability
 from msgbus.contract.envelope import Envelope, check_topic
 from msgbus.contract.outbox import NewRow, SyncWrites, Writes
-from msgbus.errors import ConfigurationError, MessageError, OutboxError, PublishManyError, PublishRejected
+from msgbus.errors import ConfigurationError, MessageError, OutboxError, PublishManyError
 from msgbus.inbound.plan import check_topics
-from msgbus.middleware.base import Middleware, compose
+from msgbus.middleware.base import Middleware, compose_publish
 from msgbus.outbound.writer import Writer
 from msgbus.publishing import Publishes, PublishManyOptions, PublishOptions, Receipt, SyncPublishes
 from msgbus.topic import Topic
@@ -24,9 +23,6 @@ M = TypeVar("M")
 
 CHUNK = 500
 """Rows of `publish_many` in one statement."""
-
-_passed: ContextVar[list[Envelope]] = ContextVar("msgbus_passed")
-"""Of one publish through middleware: what came out of it."""
 
 
 class Scribe:
@@ -43,25 +39,13 @@ class Scribe:
         # A row may wait for any time, whatever the broker can do.
         self._limits = replace(adapter.limits, delay=None)
         self._capabilities = adapter.capabilities | Capability.DELAY
-        innermost: Callable[[Envelope], Awaitable[None]] = _note
-        self._chain = compose(middleware, "publish", innermost)
-        self._plain = self._chain is innermost
+        self._through = compose_publish(middleware, _nothing_more)
 
     async def row(self, topic: Topic[Any] | str, message: Any, options: PublishOptions) -> NewRow:
         """The row of a message, after publish middleware. Raises as `Publishes.publish` does before any I/O."""
         writer = self.writer(topic)
         envelope = writer.write(message, options)
-        if self._plain:
-            return NewRow(envelope, writer.spec)
-        passed: list[Envelope] = []
-        token = _passed.set(passed)
-        try:
-            await self._chain(envelope)
-        finally:
-            _passed.reset(token)
-        if not passed:
-            raise PublishRejected(f"message {envelope.id!r} was not stored: a publish middleware returned without call_next")
-        return NewRow(passed[-1], writer.spec)
+        return NewRow(envelope if self._through is None else await self._through(envelope), writer.spec)
 
     def row_now(self, topic: Topic[Any] | str, message: Any, options: PublishOptions) -> NewRow:
         """As `row`, without an event loop: a publish middleware that waits for something is refused."""
@@ -105,8 +89,8 @@ class Scribe:
         return made
 
 
-async def _note(envelope: Envelope) -> None:
-    _passed.get().append(envelope)
+async def _nothing_more(envelope: Envelope) -> None:
+    """What comes out of the middleware is written, with others, by who asked for the row."""
 
 
 class Outbox(Publishes):

@@ -12,11 +12,13 @@ What settles a delivery (dead letters, retries, acks) passes no middleware.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from msgbus.context import Context
 from msgbus.contract.envelope import Envelope
 from msgbus.contract.outcome import Outcome
+from msgbus.errors import PublishRejected
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,6 +47,40 @@ def compose(middleware: Sequence[Middleware], method: str, innermost: Callable[[
         if getattr(type(layer), method) is not getattr(Middleware, method):
             chain = _wrap(getattr(layer, method), chain)
     return chain
+
+
+_reached: ContextVar[list[Envelope]] = ContextVar("msgbus_reached")
+"""Of one publish through middleware: what the innermost call was given, and did not fail with."""
+
+
+def compose_publish(
+    middleware: Sequence[Middleware], innermost: Callable[[Envelope], Awaitable[None]]
+) -> Callable[[Envelope], Awaitable[Envelope]] | None:
+    """Publishes through those that override `publish`; returns what reached the innermost call. None: no one does.
+
+    A middleware that forgets `call_next` must not make its publisher believe that anything was published: it is `PublishRejected`.
+    """
+
+    async def note(envelope: Envelope) -> None:
+        await innermost(envelope)
+        _reached.get().append(envelope)
+
+    chain = compose(middleware, "publish", note)
+    if chain is note:
+        return None
+
+    async def publish(envelope: Envelope) -> Envelope:
+        reached: list[Envelope] = []
+        token = _reached.set(reached)
+        try:
+            await chain(envelope)
+        finally:
+            _reached.reset(token)
+        if not reached:
+            raise PublishRejected(f"message {envelope.id!r} was not published: a publish middleware returned without call_next")
+        return reached[-1]
+
+    return publish
 
 
 def _wrap(

@@ -13,13 +13,12 @@ import random
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from contextvars import ContextVar
 from operator import itemgetter
 
 from msgbus.contract.adapter import Adapter, SendOutcome
 from msgbus.contract.envelope import Envelope
-from msgbus.errors import BrokerError, BrokerUnavailable, PublishRejected, PublishUnknown
-from msgbus.middleware.base import Middleware, compose
+from msgbus.errors import BrokerError, BrokerUnavailable, PublishUnknown
+from msgbus.middleware.base import Middleware, compose_publish
 
 log = logging.getLogger("msgbus")
 
@@ -31,10 +30,6 @@ MAX_SPREAD = 0.1
 """How far apart the deadlines of one batch may be, as a part of `publish_timeout`: a batch has its oldest member's."""
 GRACE = 1.0
 """Seconds that an adapter may be late with its outcomes before the core answers in its place."""
-
-
-_sent: ContextVar[list[str]] = ContextVar("msgbus_sent")
-"""Of one publish through middleware: what reached the adapter and was confirmed."""
 
 
 _Waiting = tuple[Envelope, float, asyncio.Future[None]]
@@ -76,28 +71,10 @@ class Pipeline:
         self._delivering = 0  # calls of `deliver` that have no outcomes yet
         self._quiet: asyncio.Event | None = None  # while `close` waits for them
         self._closed = False  # nothing is sent a second time any more
-        innermost: Callable[[Envelope], Awaitable[None]] = self._send
-        self.publish = innermost
+        through = compose_publish(middleware, self._send)
+        self._plain = through is None
+        self.publish: Callable[[Envelope], Awaitable[object]] = through or self._send
         """Returns once an envelope is confirmed; raises the outcome otherwise."""
-        self._chain = compose(middleware, "publish", self._send_and_tell)
-        self._plain = not any(type(layer).publish is not Middleware.publish for layer in middleware)
-        if not self._plain:
-            self.publish = self._publish_through_middleware
-
-    async def _publish_through_middleware(self, envelope: Envelope) -> None:
-        """A middleware that forgets `call_next` must not make its publisher believe in a confirm."""
-        sent: list[str] = []
-        token = _sent.set(sent)
-        try:
-            await self._chain(envelope)
-        finally:
-            _sent.reset(token)
-        if not sent:
-            raise PublishRejected(f"message {envelope.id!r} was not sent: a publish middleware returned without call_next")
-
-    async def _send_and_tell(self, envelope: Envelope) -> None:
-        await self._send(envelope)
-        _sent.get().append(envelope.id)
 
     def _send(self, envelope: Envelope) -> Awaitable[None]:
         """Ends once it is confirmed; raises the outcome otherwise."""

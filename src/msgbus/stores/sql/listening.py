@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,11 +20,12 @@ RECONNECT = 5.0
 
 @asynccontextmanager
 async def listening(engine: AsyncEngine, channel: str, wake: Callable[[], None]) -> AsyncGenerator[None, None]:
-    """Calls `wake` whenever the channel is notified. By a connection of its own, outside the pool; asyncpg's only."""
-    if engine.driver != "asyncpg":
+    """Calls `wake` whenever the channel is notified. By a connection of its own, outside the pool; with asyncpg or psycopg."""
+    way = _WAYS.get(engine.driver)
+    if way is None:
         yield
         return
-    task = asyncio.create_task(_listen(engine, channel, wake), name="msgbus outbox listen")
+    task = asyncio.create_task(_listen(engine, way, channel, wake), name="msgbus outbox listen")
     try:
         yield
     finally:
@@ -32,10 +33,13 @@ async def listening(engine: AsyncEngine, channel: str, wake: Callable[[], None])
         await asyncio.wait([task])
 
 
-async def _listen(engine: AsyncEngine, channel: str, wake: Callable[[], None]) -> None:
+async def _listen(engine: AsyncEngine, way: _Way, channel: str, wake: Callable[[], None]) -> None:
     while True:
         try:
-            await _session(engine, channel, wake)
+            connection = await engine.raw_connection()
+            driver: Any = connection.driver_connection  # asyncpg's, which has no types, or psycopg's
+            connection.detach()
+            await way(driver, channel, wake)
         except Exception as error:
             if not is_database_error(error):
                 raise
@@ -43,11 +47,7 @@ async def _listen(engine: AsyncEngine, channel: str, wake: Callable[[], None]) -
         await asyncio.sleep(RECONNECT)
 
 
-async def _session(engine: AsyncEngine, channel: str, wake: Callable[[], None]) -> None:
-    connection = await engine.raw_connection()
-    driver: Any = connection.driver_connection  # asyncpg's, which has no types
-    connection.detach()
-
+async def _asyncpg(driver: Any, channel: str, wake: Callable[[], None]) -> None:  # Any: as above
     ended = asyncio.Event()
 
     def heard(*_: object) -> None:
@@ -63,3 +63,19 @@ async def _session(engine: AsyncEngine, channel: str, wake: Callable[[], None]) 
         await ended.wait()
     finally:
         driver.terminate()
+
+
+async def _psycopg(driver: Any, channel: str, wake: Callable[[], None]) -> None:  # Any: as above
+    try:
+        await driver.set_autocommit(True)
+        await driver.execute('LISTEN "{}"'.format(channel.replace('"', '""')))
+        wake()
+        async for _ in driver.notifies():
+            wake()
+    finally:
+        await driver.close()
+
+
+_Way = Callable[[Any, str, Callable[[], None]], Awaitable[None]]
+"""Listens by a driver's connection until it is lost, and closes it."""
+_WAYS: dict[str, _Way] = {"asyncpg": _asyncpg, "psycopg": _psycopg}

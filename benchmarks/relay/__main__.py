@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -21,7 +22,7 @@ from benchmarks.throughput.measuring import PATIENCE, Order, Took, order
 from benchmarks.throughput.with_msgbus import GROUP, declare, versions, waiting
 from msgbus import Bus, Topic
 from msgbus.contract.adapter import Purgeable
-from msgbus.contract.envelope import new_id
+from msgbus.contract.envelope import second_digits
 from msgbus.outbound.relay import Relay
 from msgbus.running import make_relay
 from msgbus.stores.sql import SqlStore, make_outbox_tables
@@ -105,7 +106,7 @@ async def fill(database: str, broker: str, count: int, prefix: str) -> dict[str,
         for start in range(0, count, 10_000):
             chunk = [
                 {
-                    "message_id": new_id((fixed["created_at"] - (count - number)) / 1000),
+                    "message_id": second_digits((fixed["created_at"] - (count - number)) // 1000) + os.urandom(12).hex(),
                     "key": f"k{number % 977}" if number % 2 else None,
                     "shard": number % SHARDS,
                     "at": fixed["created_at"] - (count - number),

@@ -92,16 +92,17 @@ class Envelope:
     expires_at: float | None = None
 
 
-def new_id(now: float | None = None) -> str:
-    """A fresh message id: 32 hexadecimal digits, the first 8 of the second it was made in, the others random.
+def new_id() -> str:
+    """A fresh message id: 32 hexadecimal digits, the first 8 the second it was made in, the others random.
 
-    So that ids of one time are neighbours in a database's index, which then need not read another page of it for each.
+    So ids of one time are neighbours in a database's index, which need not read and write another page of it for each.
     """
-    return _second_digits(int(time.time() if now is None else now)) + os.urandom(12).hex()
+    return second_digits(int(time.time())) + os.urandom(12).hex()
 
 
 @functools.lru_cache(8)  # many messages are published within a second
-def _second_digits(second: int) -> str:
+def second_digits(second: int) -> str:
+    """How a message id begins that is made in this second since the epoch."""
     return f"{second & 0xFFFFFFFF:08x}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -25,7 +26,7 @@ from msgbus.contract.envelope import (
     Envelope,
     check_headers,
     check_id,
-    new_id,
+    second_digits,
     utc_text,
 )
 from msgbus.errors import EncodeError, InvalidHeader, MessageTooLarge, UnsupportedFeature
@@ -108,7 +109,7 @@ class Writer(Generic[M]):
         key = self._key(message) if self._key is not None else None
         headers = self._headers.copy()
         now = time.time()
-        message_id = new_id(now)
+        message_id = second_digits(int(now)) + os.urandom(12).hex()  # new_id()'s, spelled out: one call less a message
         headers[CE_TIME] = utc_text(now)
         cause = handling.get()
         if cause is not None:

@@ -38,7 +38,7 @@ class KeyedReceiver(RabbitReceiver):
         self._holds_number: str | None = None
         self._mine: dict[int, Hold] = {}
         self._leaving: dict[int, asyncio.Task[None]] = {}
-        self._one: asyncio.Event | None = None
+        self._one: asyncio.Future[DeliveredMessage] | None = None
         self.holds = self._mine.values()
 
     async def open(self) -> None:
@@ -150,8 +150,7 @@ class KeyedReceiver(RabbitReceiver):
     # ------------------------------------------------------------ quarantine
 
     async def _one_by_one(self) -> None:
-        """One message of one shard at a time, each on a channel of its own, whose end gives back in order what came behind it. With more
-        in hand a death would count for the neighbours too."""
+        """One message of one shard at a time, each on a channel of its own."""
         try:
             while self.lost is None and not self.draining:
                 came = False
@@ -166,23 +165,29 @@ class KeyedReceiver(RabbitReceiver):
             self.on_lost(str(error))
 
     async def _take_one(self, shard: int, queue: str) -> bool:
-        """Whether one came; returns when it is settled."""
-        self._one = asyncio.Event()
+        """Whether one came; returns when it is settled. What else the window holds is taken with it, and set aside: the broker puts what
+        comes back behind what came back before, so only who has all of that gives back in order."""
+        self._one = self._loop.create_future()
         await self.turn(self._enter(shard, queue))
+        hold = self._mine[shard]
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK):
-                await self._one.wait()
-            await self._mine[shard].idle.wait()
+                await asyncio.shield(self._one)
+            await self.turn(hold.set_aside())
+            hold.idle.clear()
+            if not hold.tenure.lost:
+                super().on_delivery(hold, self._one.result())
+                await hold.idle.wait()
         await asyncio.shield(self._start_leaving(shard))
-        return self._one.is_set()
+        return self._one.done()
 
     def on_delivery(self, hold: Hold, message: DeliveredMessage) -> None:
-        """In quarantine the first alone; of a shard that is being left none."""
-        if hold.tenure.draining or (self._one is not None and self._one.is_set()):
-            return
-        super().on_delivery(hold, message)
+        """In quarantine only the first is noted; of a shard that is being left nothing."""
         if self._one is not None:
-            self._one.set()
+            if not self._one.done():
+                self._one.set_result(message)
+        elif not hold.tenure.draining:
+            super().on_delivery(hold, message)
 
 
 async def _all(calls: list[Coroutine[object, object, None]]) -> None:

@@ -35,13 +35,15 @@ class Hold:
 
     def __init__(self, receiver: RabbitReceiver, shard: str | None = None) -> None:
         self.tenure = Tenure()
-        self.unsettled: dict[int, None] = {}  # in the order of the tags
+        self.unsettled: dict[int, bool] = {}
+        """In the order of the tags: whether somebody had it before."""
         self.out: set[int] = set()
         """What was handed out and has no word yet."""
         self.idle = asyncio.Event()
         """Set when the last of `out` has had its word, and that is written; or when the channel is over."""
         self._receiver = receiver
         self._shard = shard
+        self._aside: set[int] = set()
         self._came = False
         self._over = True  # until it is open; the core writes into tenures too
         self._channel: Channel
@@ -56,7 +58,7 @@ class Hold:
         channel.on_consumer_cancel_callbacks.add(self._on_cancel)
         channel.closing.add_done_callback(self._on_close)  # pyright: ignore[reportUnknownMemberType]  # aiormq does not say of what
         async with calling("consuming"):
-            await channel.basic_qos(prefetch_count=self._receiver.spec.window)
+            await channel.basic_qos(prefetch_count=self._receiver.window if self._shard is None else self._receiver.spec.window)
         self._over = False
 
     async def consume(self, queue: str) -> str:
@@ -70,21 +72,34 @@ class Hold:
             async with calling("cancelling a consumer"):
                 await self._channel.basic_cancel(tag)
 
-    async def _catch_up(self, shard: str) -> None:
-        """When it returns, the broker has had every ack, and what it gave for them is here: the window is full, or the queue was empty.
-        So a nack, and then the channel's end, is for the same messages: in their order, and none counts as a death.
+    async def _catch_up(self) -> None:
+        """When it returns, the broker has had every ack and nack, and what it gave for them is here: the window is full, or the queue was
+        empty. So a nack, and then the channel's end, is for the same messages: in their order, and none counts as a death.
 
         A consumer more on the same queue is accepted after the acks before it, and then waits as the last; what the first one was given
         until then is here one question later.
         """
-        await self._channel.basic_consume(shard, self._on_message)
+        await self._channel.basic_consume(self._shard or "", self._on_message)
         await self._channel.basic_qos(prefetch_count=1)
+
+    async def set_aside(self) -> None:
+        """All but the first is given back once, and is here again: what happens from now on counts for the first alone. For a death is one
+        delivery and one acquisition, and these have two."""
+        async with calling("setting messages aside"):
+            await self._catch_up()
+            others = list(self.unsettled)[1:]
+            for tag in others:
+                del self.unsettled[tag]
+            self._returned += others
+            await self._write_soon()
+            await self._catch_up()
+            self._aside = {tag for tag, again in list(self.unsettled.items())[1:] if again}
 
     async def _on_message(self, message: DeliveredMessage) -> None:
         """Only notes it: what the client runs here it cancels when the link is lost (R1)."""
         if not self._over:
             self._came = True
-            self.unsettled[message.delivery_tag or 0] = None
+            self.unsettled[message.delivery_tag or 0] = bool(message.redelivered)
             self._receiver.on_delivery(self, message)
 
     async def _on_cancel(self, frame: spec.Basic.Cancel) -> None:
@@ -110,7 +125,7 @@ class Hold:
             self._receiver.stale_acks += 1
         else:
             self._acked.append(tag)
-            if 2 * len(self._acked) >= self._receiver.spec.window:
+            if 2 * len(self._acked) >= self._receiver.window:
                 _ = self._write_soon()
             elif self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(ACK_AFTER, self._write_soon)
@@ -168,10 +183,13 @@ class Hold:
                 if not self._over:
                     counted = self._shard is not None and self._receiver.terms.modern
                     if counted and self._came:
-                        await self._catch_up(self._shard or "")
+                        await self._catch_up()
                         await self._write_soon()
                     self._over = True
-                    if self._shard is None or counted:
+                    if next(iter(self.unsettled), None) in self._aside:  # and so all but what came last
+                        for tag in self.unsettled.keys() - self._aside:
+                            await self._channel.basic_nack(tag, wait=False)
+                    elif self._shard is None or counted:
                         await self._channel.basic_nack(0, multiple=True, wait=False)
                     await self._channel.close()
         self._over = self.tenure.lost = True
@@ -199,6 +217,7 @@ class RabbitReceiver(Receiver):
     def __init__(self, terms: Terms, spec: ReceiverSpec) -> None:
         self.terms = terms
         self.spec = spec
+        self.window = 1 if spec.quarantine else spec.window
         self.hold = Hold(self)
         self.holds: Collection[Hold] = (self.hold,)
         self.draining = False
@@ -244,7 +263,7 @@ class RabbitReceiver(Receiver):
                 raise BrokerUnavailable(f"receiving from {self.spec.topic!r}: {self.lost or 'the receiver is closed'}")
             if self.draining:
                 return []
-            room = min(limit, len(self.buffer), self.spec.window - sum([len(hold.out) for hold in self.holds]))
+            room = min(limit, len(self.buffer), self.window - sum([len(hold.out) for hold in self.holds]))
             if room > 0:
                 return [self._hand_out(*self.buffer.popleft()) for _ in range(room)]
             self.changed.clear()

@@ -106,7 +106,8 @@ class ReceiverSpec:
     `group` None: a private receiver: it gets a copy of what is sent from now on, and leaves nothing behind.
     `priority`: the level it takes, on a topic with priorities. `window`: how many it may have handed out and not settled.
     `start`, for a group that is declared for the first time. `exclusive`: one active receiver a shard: ordered work.
-    `quarantine`: one message at a time, and a death must count for that one alone.
+    `quarantine`: one message at a time, whatever the window, which stays that of the group's other receivers; and a death must count for
+    that one alone.
     """
 
     topic: str

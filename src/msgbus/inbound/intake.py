@@ -46,13 +46,14 @@ class Intake:
         """A receiver a level. Raises `BrokerError`; what was opened by then is closed by `close`."""
         plan, quarantine = self._plan, self._suspects.quarantine
         levels = PRIORITIES if plan.topic.priorities else ("normal",)
-        most = 1 if quarantine else plan.window - len(levels) + 1  # a place is kept for each other level
+        window = plan.window - len(levels) + 1  # a place is kept for each other level
+        most = 1 if quarantine else window
         for level in levels:
             share = most if len(levels) == 1 or quarantine else share_of_window(level, plan.window)
             spec = ReceiverSpec(
                 topic=plan.physical,
                 group=plan.group,
-                window=most,
+                window=window,
                 priority=level,
                 start=plan.start,
                 exclusive=plan.exclusive and Capability.SHARDS in self._adapter.capabilities,

@@ -197,6 +197,30 @@ async def order_survives_drain_and_kill(stage: Stage) -> None:
     await history.complete(keys, count, 40)
 
 
+@conformance(needs=Capability.SHARDS | Capability.CRASH_COUNT, seconds=120)
+async def order_survives_a_quarantine(stage: Stage) -> None:
+    """C4, C8: messages that were in hand at two deaths are handled one at a time until the suspicion is gone: in the order of their keys,
+    and nothing is lost by it."""
+    publisher = await stage.publisher()
+    keys = [f"key{number}" for number in range(3)]
+    await publisher.publish_many(KEYED, by_turns(keys, 30))
+    for _ in range(2):
+        begun: Seen[str] = Seen()
+        bus = stage.bus()
+
+        @bus.subscribe(KEYED)
+        async def handle(order: Order, begun: Seen[str] = begun) -> None:
+            await begun.add(order.id)
+            await asyncio.Event().wait()
+
+        dying = await stage.start(bus)
+        await begun.wait_for(1, 30)
+        await dying.kill()
+    history = History()
+    await stage.start(ordered_bus(stage, history, "c"))
+    await history.complete(keys, 30, 40)
+
+
 @conformance(needs=Capability.SHARDS)
 async def keys_run_in_parallel(stage: Stage) -> None:
     """C4: order is a key's own: messages of as many keys as `concurrency` says run at once in one process."""

@@ -248,7 +248,8 @@ class Scene:
     async def store_each(self, envelopes: Sequence[Envelope]) -> None:
         """At once, and one by one however alike they are: where the broker recognises an id that it had a moment ago, past that."""
         if self.broker != "redis":
-            await self.send(*envelopes)
+            # Each in a call of its own: Kafka keeps what is sent in one together, for one process.
+            await asyncio.gather(*(self.send(envelope) for envelope in envelopes))
             return
         async with Redis.from_url(self.url) as client, client.pipeline(transaction=True) as together:
             for envelope in envelopes:

@@ -59,6 +59,8 @@ class Step(BaseModel):
     key: str = ""
     n: int = 0
     do: Literal["succeed", "reject", "later"] = "succeed"
+    seconds: float = 0.0
+    """How long a run takes."""
 
     @property
     def id(self) -> str:
@@ -95,8 +97,6 @@ class Terms(BaseModel):
     redis: str = ""
     willing: bool = True
     """The handler does what the message says; else it succeeds."""
-    seconds: float = 0.0
-    """How long a run takes."""
     concurrency: int = 8
     window: int = 16
 
@@ -138,6 +138,9 @@ class TrippingAdapter(FaultyAdapter):
         if not self.having or self.having in [envelope.id for envelope in envelopes]:
             self.trip.at("send")
         self.trip.note("send", ids=[envelope.id for envelope in envelopes], topics=[envelope.topic for envelope in envelopes])
+        for envelope in envelopes:
+            if envelope.group is not None:
+                self.trip.note("again", id=envelope.id)
         return await self.real.send(envelopes, timeout=timeout)
 
     async def open_receiver(self, spec: ReceiverSpec) -> Receiver:
@@ -181,6 +184,10 @@ class ForwardingReceiver(TrippingReceiver):
         assert isinstance(self.real, Forwarding)
         outcome = await self.real.forward(received, envelope, timeout=timeout)
         self.trip.at("forwarded")
+        if outcome is None:
+            self.trip.note("ack", id=received.envelope.id)
+            if envelope.group is not None:
+                self.trip.note("again", id=envelope.id)
         return outcome
 
 
@@ -266,7 +273,7 @@ def bus_of(terms: Terms, trip: Trip) -> Bus:
 
     async def work(step: Step, context: Context) -> Result:
         trip.note("run", id=context.id, attempt=context.attempt)
-        await asyncio.sleep(terms.seconds)
+        await asyncio.sleep(step.seconds)
         if terms.willing and step.do == "reject":
             raise Reject("it is told to")
         if terms.willing and step.do == "later" and context.attempt == 1:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 from aiokafka import TopicPartition
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
@@ -19,7 +18,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from msgbus.contract.adapter import SendOutcome
 from msgbus.contract.envelope import HEADROOM, Envelope
 from msgbus.errors import BrokerError, BrokerUnavailable, MessageTooLarge, MsgbusError, PublishRejected, PublishUnknown
-from msgbus_kafka.cluster import Cluster
+from msgbus_kafka.cluster import Cluster, places_of
 from msgbus_kafka.errors import produced
 from msgbus_kafka.names import SOON, destination, is_dead
 from msgbus_kafka.records import Headers, dead_headers, dead_key, headers_of, key_of, partition_of
@@ -33,14 +32,8 @@ RUN = 16
 TOO_LARGE = 10
 
 
-class Outgoing(NamedTuple):
-    """A record to be produced, and the number of its outcome."""
-
-    number: int
-    message_id: str
-    key: bytes | None
-    value: bytes | None
-    headers: Headers
+Outgoing = tuple[int, str, bytes | None, bytes | None, Headers]
+"""A record to be produced: the number of its outcome, its message's id, key, value, headers. A plain tuple: one is made a message."""
 
 
 class Sender:
@@ -51,6 +44,8 @@ class Sender:
         self._body = body
         self._turn = 0
         self._leaders: dict[str, list[int]] = {}
+        """Of each topic that was looked up, the node that leads each partition."""
+        self._places: dict[str, list[TopicPartition]] = {}
 
     async def send(self, envelopes: Sequence[Envelope], timeout: float) -> list[SendOutcome]:
         """As `Adapter.send`."""
@@ -67,17 +62,17 @@ class Sender:
         queues: dict[TopicPartition, list[Outgoing]] = defaultdict(list)
         for number, (envelope, name) in enumerate(zip(envelopes, names, strict=True)):
             dead = is_dead(envelope.topic)
-            problem = self._refusal(envelope, name, self._body + (HEADROOM if dead or envelope.group is not None else 0))
-            if problem is not None:
-                outcomes[number] = problem
+            room = self._body + (HEADROOM if dead or envelope.group is not None else 0)
+            places = self._places.get(name)
+            if places is None or len(envelope.body) > room or envelope.delay > MAX_DELAY:
+                outcomes[number] = _refusal(envelope, name, places is not None, room)
                 continue
-            partitions = len(self._leaders[name])
             if envelope.key is not None:
-                partition = partition_of(envelope.key, partitions)
+                place = places[partition_of(envelope.key, len(places))]
             else:
-                partition = (self._turn + number // together) % partitions
+                place = places[(self._turn + number // together) % len(places)]
             key, headers = (dead_key(envelope), dead_headers(envelope, now)) if dead else (key_of(envelope), headers_of(envelope, now))
-            queues[TopicPartition(name, partition)].append(Outgoing(number, envelope.id, key, envelope.body, headers))
+            queues[place].append((number, envelope.id, key, envelope.body, headers))
         await self._produce(queues, outcomes, deadline)
         return outcomes
 
@@ -85,9 +80,9 @@ class Sender:
         """Writes tombstones of dead letters; returns the keys that it could not write them for."""
         outcomes: list[SendOutcome] = [None] * len(keys)
         deadline = asyncio.get_running_loop().time() + timeout
-        queue = [Outgoing(number, "", key, None, []) for number, key in enumerate(keys)]
+        queue: list[Outgoing] = [(number, "", key, None, []) for number, key in enumerate(keys)]
         try:
-            self._leaders.update(await self._cluster.leaders([topic]))
+            self._led(await self._cluster.leaders([topic]))
         except MsgbusError:
             return [*keys]
         await self._produce({TopicPartition(topic, 0): queue}, outcomes, deadline)
@@ -96,6 +91,11 @@ class Sender:
     def forget(self, name: str) -> None:
         """The topic may be gone, or led by another broker."""
         self._leaders.pop(name, None)
+        self._places.pop(name, None)
+
+    def _led(self, found: Mapping[str, list[int]]) -> None:
+        self._leaders.update(found)
+        self._places.update({name: places_of({name: range(len(nodes))}) for name, nodes in found.items()})
 
     async def _look_up(self, wanted: dict[str, Envelope], deadline: float) -> SendOutcome:
         """Who leads these topics, and whether the groups that are sent to exist: their topics may outlive them for a moment."""
@@ -110,16 +110,7 @@ class Sender:
             return BrokerUnavailable("Kafka did not say in time who leads")
         except MsgbusError as error:
             return error if isinstance(error, BrokerError) else PublishRejected(str(error))
-        self._leaders.update(found)
-        return None
-
-    def _refusal(self, envelope: Envelope, name: str, room: int) -> SendOutcome:
-        if name not in self._leaders:
-            return PublishRejected(f"message {envelope.id!r}: there is no Kafka topic {name!r}; declare it first")
-        if len(envelope.body) > room:
-            return MessageTooLarge(f"message {envelope.id!r}: a body of {len(envelope.body)} bytes; Kafka takes {room} here")
-        if envelope.delay > MAX_DELAY:
-            return PublishRejected(f"message {envelope.id!r}: a delay of {envelope.delay:g} s; at most {MAX_DELAY:g} s")
+        self._led(found)
         return None
 
     async def _produce(self, queues: dict[TopicPartition, list[Outgoing]], outcomes: list[SendOutcome], deadline: float) -> None:
@@ -141,17 +132,24 @@ class Sender:
                 if answer:
                     if isinstance(answer, int | BrokerUnavailable):  # another may lead it now
                         self.forget(place.topic)
-                    for record in queue[:count]:
-                        outcomes[record.number] = _problem(answer, record.message_id, place.topic)
-                    if not isinstance(
-                        outcomes[queue[0].number], MessageTooLarge | PublishRejected
-                    ):  # what comes behind must not overtake it
-                        for record in queue[count:]:
-                            outcomes[record.number] = BrokerUnavailable(f"message {record.message_id!r}: one before it was not confirmed")
+                    for number, message_id, *_ in queue[:count]:
+                        outcomes[number] = _problem(answer, message_id, place.topic)
+                    if not isinstance(outcomes[queue[0][0]], MessageTooLarge | PublishRejected):  # what comes behind must not overtake it
+                        for number, message_id, *_ in queue[count:]:
+                            outcomes[number] = BrokerUnavailable(f"message {message_id!r}: one before it was not confirmed")
                         count = len(queue)
                 del queue[:count]
                 if not queue:
                     del queues[place]
+
+
+def _refusal(envelope: Envelope, name: str, known: bool, room: int) -> SendOutcome:
+    """Why it is not sent."""
+    if not known:
+        return PublishRejected(f"message {envelope.id!r}: there is no Kafka topic {name!r}; declare it first")
+    if len(envelope.body) > room:
+        return MessageTooLarge(f"message {envelope.id!r}: a body of {len(envelope.body)} bytes; Kafka takes {room} here")
+    return PublishRejected(f"message {envelope.id!r}: a delay of {envelope.delay:g} s; at most {MAX_DELAY:g} s")
 
 
 def _problem(answer: int | Exception, message_id: str, topic: str) -> SendOutcome:
@@ -170,8 +168,8 @@ def _batch(records: Sequence[Outgoing]) -> tuple[int, bytes]:
         magic=2, compression_type=0, is_transactional=0, producer_id=-1, producer_epoch=-1, base_sequence=0, batch_size=BATCH
     )
     count = 0
-    for record in records:
-        if builder.append(count, now, record.key, record.value, record.headers) is None:
+    for _, _, key, value, headers in records:
+        if builder.append(count, now, key, value, headers) is None:
             break
         count += 1
     return count, builder.build()

@@ -38,15 +38,15 @@ _deadline = itemgetter(1)
 
 
 class _Line:
-    """Of one topic: who waits, how many sends are on the way, how many messages are in the batches among them, and whether a key was ever
-    seen: then it is one send at a time."""
+    """Of one topic: who waits, how many sends are on the way, how many of them are batches, and whether a key was ever among them: then it
+    is one send at a time."""
 
-    __slots__ = ("batched", "keyed", "under_way", "waiting")
+    __slots__ = ("batches", "keyed", "under_way", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[_Waiting] = []
         self.under_way = 0
-        self.batched = 0
+        self.batches = 0
         self.keyed = False
 
     def may_go(self) -> bool:
@@ -54,9 +54,11 @@ class _Line:
         return self.under_way == 1 or not self.keyed
 
     def share(self) -> int:
-        """How many of those who wait go now. Of many without a key one half is on the way while the other is written, or woken: if all
-        went together, broker and publishers would take turns."""
-        return MAX_BATCH if self.keyed else min(MAX_BATCH, max(MANY, (len(self.waiting) + self.batched + 1) // 2))
+        """How many of those who wait go now. Of many without a key the first half, where no batch is on the way: if all went together, they
+        would all be woken together, and broker and publishers would take turns."""
+        if self.keyed or self.batches:
+            return MAX_BATCH
+        return min(MAX_BATCH, max(MANY, (len(self.waiting) + 1) // 2))
 
 
 class Pipeline:
@@ -114,7 +116,7 @@ class Pipeline:
             if not batch:
                 continue
             envelopes = [envelope for envelope, _, _ in batch]
-            line.batched += len(batch)
+            line.batches += 1
             try:
                 outcomes = await self.deliver(envelopes, batch[0][1])
             except BaseException as error:
@@ -129,7 +131,7 @@ class Pipeline:
                     raise
                 return  # raised on the publishers
             finally:
-                line.batched -= len(envelopes)
+                line.batches -= 1
             if outcomes.count(None) < len(outcomes) and not self._closed:  # the oldest one's time is over: the others keep theirs
                 soon = self._loop.time() + 0.05
                 again = [index for index in _to_send_again(envelopes, outcomes) if batch[index][1] > soon]

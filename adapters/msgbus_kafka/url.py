@@ -6,14 +6,13 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from msgbus.contract.adapter import AdapterSettings
-from msgbus.contract.options import Read, boolean, durability, positive, read_options, seconds
+from msgbus.contract.options import Reach, Read, boolean, durability, misshapen, positive, read_options, read_reach, seconds
 from msgbus.errors import ConfigurationError, UnsupportedFeature
 
 DEFAULT_PORT = 9092
-_SHAPE = "the URL of Kafka is kafka://user:password@host:port,host:port, nothing behind; % escapes '/' and '@'"
+_SHAPE = "kafka://user:password@host:port,host:port, nothing behind"
 
 
 def _mechanism(text: str) -> str:
@@ -35,30 +34,27 @@ _KNOWN: dict[str, Read] = {
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Place:
-    """Where the brokers are and how one gets in. No repr: it holds a password."""
+    """Where the brokers are, how one gets in, and the options that are no settings."""
 
-    scheme: str
-    servers: tuple[str, ...]
-    user: str
-    password: str
+    reach: Reach
     options: Mapping[str, Any]  # Any: each has a type of its own
 
     @property
     def shown(self) -> str:
         """The URL without what is secret."""
-        return f"{self.scheme}://{f'{self.user}:***@' if self.user else ''}{','.join(self.servers)}"
+        return f"{self.reach.scheme}://{f'{self.reach.user}:***@' if self.reach.user else ''}{self.reach.shown}"
 
     def client_options(self) -> dict[str, Any]:
         """Keyword arguments of every client of aiokafka. Reads the certificates' files."""
-        tls = self.scheme == "kafkas"
+        reach, tls = self.reach, self.reach.scheme == "kafkas"
         options: dict[str, Any] = {
-            "bootstrap_servers": [*self.servers],
+            "bootstrap_servers": reach.shown.split(","),
             "client_id": self.options.get("client_id", "msgbus"),
-            "security_protocol": ("SASL_" if self.user else "") + ("SSL" if tls else "PLAINTEXT"),
+            "security_protocol": ("SASL_" if reach.user else "") + ("SSL" if tls else "PLAINTEXT"),
         }
-        if self.user:
+        if reach.user:
             options["sasl_mechanism"] = self.options.get("mechanism", "PLAIN")
-            options |= {"sasl_plain_username": self.user, "sasl_plain_password": self.password}
+            options |= {"sasl_plain_username": reach.user, "sasl_plain_password": reach.password}
         if tls:
             try:
                 options["ssl_context"] = context = ssl.create_default_context(cafile=self.options.get("cafile"))
@@ -71,29 +67,16 @@ class Place:
 
 def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) -> tuple[Place, AdapterSettings]:
     """`kafka://[user:password@]host[:port][,host[:port]…]`, and `kafkas://` for TLS. Raises `ConfigurationError` without the password."""
-    parts = urlsplit(url)
-    secret, _, netloc = parts.netloc.rpartition("@")
-    user, _, password = secret.partition(":")
-    if parts.path not in ("", "/") or parts.fragment:  # what is there may be the rest of a password, and the host its beginning
-        raise ConfigurationError(_SHAPE)
-    shown = f"{parts.scheme}://{netloc}"
+    reach = read_reach(url, DEFAULT_PORT, _SHAPE)
+    if reach.path:
+        raise misshapen(_SHAPE)
+    shown = f"{reach.scheme}://{reach.shown}"
     read = read_options(shown, options, _KNOWN)
-    if parts.scheme != "kafkas" and (tls := read.keys() & {*_TLS}):
+    if reach.scheme != "kafkas" and (tls := read.keys() & {*_TLS}):
         raise ConfigurationError(f"option {min(tls)!r} of {shown}: TLS is kafkas://")
-    if "mechanism" in read and not user:
+    if "mechanism" in read and not reach.user:
         raise ConfigurationError(f"option 'mechanism' of {shown}: there is no user in the URL")
     settings = replace(settings, **{name: read.pop(name) for name in [*read] if hasattr(settings, name)})
     if settings.durability == "fsync":
         raise UnsupportedFeature("durability 'fsync'", "Kafka", "durability 'replicated', or flush.messages=1 in Topic(native=…)")
-    return Place(parts.scheme, tuple(map(_server, netloc.split(","))), unquote(user), unquote(password), read), settings
-
-
-def _server(text: str) -> str:
-    try:
-        parts = urlsplit(f"//{text}")
-        host, port = parts.hostname, parts.port or DEFAULT_PORT
-    except ValueError:
-        raise ConfigurationError(f"{_SHAPE}; a port is a number up to 65535") from None
-    if not host:
-        raise ConfigurationError("the URL of Kafka names no host: kafka://host:9092")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return Place(reach, read), settings

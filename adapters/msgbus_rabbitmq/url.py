@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from urllib.parse import unquote, urlsplit
 
 from yarl import URL
 
 from msgbus.contract.adapter import AdapterSettings
-from msgbus.contract.options import Read, boolean, durability, positive, read_options, seconds
+from msgbus.contract.options import Read, boolean, durability, misshapen, positive, read_options, read_reach, seconds
 from msgbus.errors import ConfigurationError, UnsupportedFeature
 
+_SHAPE = "amqp://user:password@host:port/vhost, one host"
 TLS = ("cafile", "capath", "certfile", "keyfile", "no_verify_ssl")
 
 
@@ -46,28 +46,20 @@ class Place:
 
 def read_url(url: str, options: Mapping[str, str], settings: AdapterSettings) -> tuple[Place, AdapterSettings]:
     """`amqp://user:password@host[:port][/vhost]`, and `amqps://` for TLS. Raises `ConfigurationError` without the password."""
-    parts = urlsplit(url)
-    secret, at, netloc = parts.netloc.rpartition("@")
-    user, _, password = secret.partition(":")
-    path = parts.path.removeprefix("/")
-    try:
-        where = urlsplit(f"//{netloc}")
-        host, port = where.hostname or "", where.port
-    except ValueError:
-        host, port = "", None
-    if not host or "," in host or "/" in path or parts.fragment:  # what is there may be the rest of a password, and the host its beginning
-        raise ConfigurationError(
-            "the URL of RabbitMQ is amqp://user:password@host:port/vhost: one host, a port up to 65535, and % escapes '/', '@' and '#'"
-        )
-    name, word = (unquote(user), unquote(password)) if at else ("guest", "guest")
-    place = Place(parts.scheme, host, port or (5671 if parts.scheme == "amqps" else 5672), name, word, unquote(path) or "/")
+    reach = read_reach(url, 5671 if url.startswith("amqps:") else 5672, _SHAPE)
+    if len(reach.hosts) != 1 or len(reach.path) > 1:
+        raise misshapen(_SHAPE)
+    host, port = reach.hosts[0]
+    vhost = reach.path[0] if reach.path else "/"
+    user, password = ("guest", "guest") if reach.user is None else (reach.user, reach.password)
+    place = Place(reach.scheme, host, port, user, password, vhost)
     known: dict[str, Read] = dict.fromkeys(("dead_letter_retention", "first_group_retention", "heartbeat"), seconds)
     known |= dict.fromkeys(("connection_timeout", "consumer_timeout"), seconds)
     known |= {"durability": durability, "require_durable": boolean, "shards": positive, "max_body": positive}
     known |= {**dict.fromkeys(TLS, str), "no_verify_ssl": boolean}
     read = read_options(place.shown, options, known)
     tls = {option: str(int(value)) if isinstance(value, bool) else value for option in TLS if (value := read.pop(option, None)) is not None}
-    if tls and parts.scheme != "amqps":
+    if tls and reach.scheme != "amqps":
         raise ConfigurationError(f"option {min(tls)!r} of {place.shown}: TLS is amqps://")
     own = {option: read.pop(option) for option in list(read) if option in Place.__slots__}
     settings = replace(settings, **read)

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 
 import hiredis
 from redis import exceptions as client
@@ -23,7 +22,8 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
-from msgbus.errors import BrokerUnavailable, ConfigurationError
+from msgbus.contract.options import misshapen, read_reach
+from msgbus.errors import BrokerUnavailable
 from msgbus_redis.errors import MOVED, call_error
 from msgbus_redis.scripts import SOURCES
 
@@ -54,27 +54,21 @@ class Place:
     @classmethod
     def from_url(cls, url: str) -> Place:
         """`redis://user:password@host:6379/0`, `rediss://`, `redis+sentinel://host,host/service/0`, `redis+cluster://host,host`."""
-        parts = urlsplit(url)
-        credentials, _, hosts = parts.netloc.rpartition("@")
-        user, _, password = credentials.partition(":")
-        kind = parts.scheme.rpartition("+")[2]
-        path = [unquote(part) for part in parts.path.split("/") if part]
+        kind = url.partition(":")[0].rpartition("+")[2]
+        reach = read_reach(url, 26379 if kind == "sentinel" else 6379, _SHAPES, host="localhost")
+        path = [*reach.path]
         try:
-            found = [urlsplit(f"//{text}") for text in (hosts or "localhost").split(",")]
-            addresses = tuple((each.hostname or "", each.port or (26379 if kind == "sentinel" else 6379)) for each in found)
             service = path.pop(0) if kind == "sentinel" else ""
             database = int(path.pop(0)) if path and kind != "cluster" else 0
-            several = len(addresses) > 1 and kind.startswith("redis")
-            if path or parts.fragment or database < 0 or several or not all(host for host, _ in addresses):
+            if path or database < 0 or (len(reach.hosts) > 1 and kind.startswith("redis")):
                 raise ValueError
         except (ValueError, IndexError):
-            raise ConfigurationError(f"the URL {parts.scheme}://{hosts}: it is {_SHAPES}") from None
-        options: dict[str, Any] = {"username": unquote(user) or None, "password": unquote(password) or None}
+            raise misshapen(_SHAPES) from None
+        options: dict[str, Any] = {"username": reach.user or None, "password": reach.password or None}
         if kind != "cluster":
             options["db"] = database
-        shown = ",".join(f"{host}:{port}" for host, port in addresses)
         behind = "".join(f"/{part}" for part in (service, database) if part)
-        return cls(kind, f"{parts.scheme}://{shown}{behind}", addresses, service, options)
+        return cls(kind, f"{reach.scheme}://{reach.shown}{behind}", reach.hosts, service, options)
 
     def __str__(self) -> str:
         return self.shown

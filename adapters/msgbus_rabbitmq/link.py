@@ -65,7 +65,8 @@ class Link:
                         self._connection = await aiormq.connect(self._url, transport_factory=self._transport)
                 except BrokerError as error:
                     self.abort()
-                    if isinstance(error.__cause__, client.InvalidFrameError):  # a no where Open-Ok was expected; aiormq keeps its text
+                    # a no where Open-Ok was expected; aiormq keeps its text. A heartbeat there is who was too slow to answer.
+                    if isinstance(error.__cause__, client.InvalidFrameError) and "Connection.Close" in str(error):
                         raise ConfigurationError(f"{doing}: there is no virtual host {self._place.vhost!r}, or not for us") from error
                     raise
             return self._connection

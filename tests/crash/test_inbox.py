@@ -24,8 +24,8 @@ STEP = Step(key="a", n=1, seconds=0.3)
 """Its run takes long enough for an ack that comes too early to reach the broker."""
 NEXT = Step(key="a", n=2)
 """Of the same key: it is not run before the first is settled."""
-CLAIM = 3 * LEASE
-"""Seconds that a claim holds."""
+CLAIM = 6 * LEASE
+"""Seconds that a claim holds: for longer than a broker takes to deliver a dead process's messages again."""
 
 
 async def goes_on(scene: Scene, pid: str = "shop2", **terms: Any) -> None:  # Any: as of `hire`

@@ -47,6 +47,7 @@ from msgbus.stores.sql.schema import MYSQL, PARKED, PENDING, SENT, SHARDS, Outbo
 
 SHARDS_AT_ONCE = SHARDS // 4
 """How many shards one claim takes at most, so that other relays find some."""
+NO_SHARD = -1
 MAX_ERROR = 2000
 
 # Written out and not bound: only so can a partial index be used.
@@ -130,8 +131,9 @@ def claim(connection: Connection, tables: OutboxTables, limit: int, lease: float
         held = list(connection.scalars(select(shards.c.shard).where(shards.c.token == token)))
         if not held:
             return Claimed("")
-    wanted = _first_rows(tables, connection.dialect.name, len(held), max(1, limit // len(held)))
-    rows = connection.execute(wanted, {f"shard{number}": shard for number, shard in enumerate(held)}).all()
+    places = 1 if len(held) == 1 else SHARDS_AT_ONCE  # two statements, for a database that prepares them, and not one a number
+    asked = {f"shard{number}": shard for number, shard in enumerate(held + [NO_SHARD] * (places - len(held)))}
+    rows = connection.execute(_first_rows(tables, connection.dialect.name, places), asked | {"most": max(1, limit // len(held))}).all()
     if not rows:
         _give_back(connection, tables, token)
         return Claimed("")
@@ -164,8 +166,8 @@ def _give_back(connection: Connection, tables: OutboxTables, token: str) -> None
 
 
 @functools.lru_cache(64)  # what is made anew is taken apart anew, which costs as much as all else here
-def _first_rows(tables: OutboxTables, dialect: str, shards: int, limit: int) -> CompoundSelect[Any]:  # Any: the row's columns
-    """The first due rows of each of so many shards, `shard0` and so on: `_READ`, and whether they are expired.
+def _first_rows(tables: OutboxTables, dialect: str, shards: int) -> CompoundSelect[Any]:  # Any: the row's columns
+    """The first due rows, at most `most`, of each of so many shards, `shard0` and so on: `_READ`, and whether they are expired.
 
     By the index that has them in this order: the other one would sort all that are due.
     """
@@ -175,7 +177,7 @@ def _first_rows(tables: OutboxTables, dialect: str, shards: int, limit: int) -> 
         due = outbox.c.available_at + 0 <= now_ms()  # which says nothing new, but no other index can be used for it
     expired = and_(outbox.c.expires_at.is_not(None), outbox.c.expires_at <= now_ms())
     wanted = select(*(outbox.c[name] for name in _READ), expired.label("expired"))
-    wanted = wanted.where(pending, due, _first_of_key(tables)).order_by(outbox.c.id).limit(limit)
+    wanted = wanted.where(pending, due, _first_of_key(tables)).order_by(outbox.c.id).limit(bindparam("most"))
     if dialect in MYSQL:
         wanted = wanted.with_hint(outbox, f"FORCE INDEX ({outbox.name}_shard)")
     return union_all(*(select(wanted.where(outbox.c.shard == bindparam(f"shard{number}")).subquery()) for number in range(shards)))

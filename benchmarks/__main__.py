@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds of each, in place of its own number")
     parser.add_argument("--broker", action="append", default=[], help="throughput: this broker alone; may be said again")
     parser.add_argument("--database", action="append", default=[], help="relay: this database in place of postgresql; may be said again")
-    parser.add_argument("--count", type=int, help="throughput, relay: messages a run (default 10,000)")
+    parser.add_argument("--count", type=int, help="throughput, relay: messages a run (default 10,000; 30,000)")
     parser.add_argument("--work", type=float, default=0.0, metavar="MS", help="throughput: a handler waits so long (default: not at all)")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.name) - set(names()))

@@ -22,7 +22,8 @@ from benchmarks import Options, Result
 from benchmarks.throughput.measuring import PATIENCE
 
 ROUNDS = 5
-COUNT = 10_000
+COUNT = 30_000
+"""What happens once, such as preparing statements, is to count for little."""
 DATABASES = {"postgresql": "postgres", "mysql": "mysql", "sqlite": None}
 LEAST = 0.4
 """Of `publish_many`, rows without keys; with keys the ratio is only told: a key's rows go one after the other."""

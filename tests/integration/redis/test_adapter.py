@@ -312,11 +312,12 @@ async def test_a_cancelled_drain_or_close_goes_on(server: Redis, made: Made) -> 
     receiver = await one.open_receiver(ReceiverSpec(topic, "g"))
     taken = await take(receiver, 4)
     receiver.ack(taken[0])
-    await server.client_pause(300, all=False)
+    await server.client_pause(10_000, all=False)
     for ending in (receiver.drain, receiver.close):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):
                 await ending()
+    await server.client_unpause()
     again = await take(await two.open_receiver(ReceiverSpec(topic, "g")), 3)
     assert (bodies(again), {received.crashes for received in again}) == ([1, 2, 3], {0})
     await receiver.close()

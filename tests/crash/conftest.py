@@ -107,7 +107,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     names = list(map(_name, PLACES)) if ASKED_FOR else [_name(PLACES[0])]
     rows = [["", *names]]
-    short = {"not run": "not run", "FAILED": "FAILED"}
     missed: dict[str, None] = {}
     for point in POINTS:
         row = [point]
@@ -116,7 +115,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             head, _, why = words.partition(": ")
             if head == "not run":
                 missed[f"{name}: {why}"] = None
-            row.append(f"{short.get(head, words)} {_seconds.get((point, name), 0.0):.1f} s")
+                words = head
+            seconds = _seconds.get((point, name))
+            row.append(words if seconds is None else f"{words} {seconds:.1f} s")
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     terminalreporter.section("crash points")

@@ -32,8 +32,9 @@ CONSUMING = """
 """
 ORDERING = """
     per_key_order_single_consumer per_key_order_many_consumers shards_spread_over_processes_and_come_back order_survives_drain_and_kill
-    order_survives_a_quarantine keys_run_in_parallel slow_key_does_not_block_others delay_not_before delay_ordering_of_different_delays delay_survives_restart
-    delay_scoped_to_group priority_preempts_backlog priority_no_starvation ttl_expired_not_delivered ttl_checked_before_retry
+    order_survives_a_quarantine keys_run_in_parallel slow_key_does_not_block_others delay_not_before delay_ordering_of_different_delays
+    delay_survives_restart delay_scoped_to_group priority_preempts_backlog priority_no_starvation ttl_expired_not_delivered
+    ttl_checked_before_retry
 """
 RETRYING = """
     retry_count_exact retry_backoff_bounds_with_seed retry_scoped_to_group given_up_straight_to_dead_letters

@@ -41,7 +41,7 @@ differential: $(venv)/.installed ## run random programs on every broker that is 
 torture: $(venv)/.installed ## kill, stop and cut off real worker processes on every broker that is there: half an hour
 	MSGBUS_TEST_TORTURE=1 $(python) -m pytest tests/torture
 
-crash: $(venv)/.installed ## let a process or its database fail at each of 14 points, on five pairs of database and broker: ten minutes
+crash: $(venv)/.installed ## let a process or its database fail at each of 14 points, on five pairs of database and broker: a quarter of an hour
 	MSGBUS_TEST_CRASH=1 $(python) -m pytest tests/crash
 
 check: $(venv)/.installed ## lint, format, types, floors

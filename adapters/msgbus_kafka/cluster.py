@@ -274,8 +274,18 @@ def abort(*owners: object) -> None:
         for value in [*parts.values(), *parts.get("_pending_tasks", ())]:
             if isinstance(value, asyncio.Task):
                 value.cancel()
-        for connection in list(parts.get("_conns", {}).values()):
-            connection.close()
+        if "_conns" in parts:
+            connections, parts["_conns"] = parts["_conns"], _Ended()
+            for connection in list(connections.values()):
+                connection.close()
+
+
+class _Ended(dict[object, Any]):
+    """Of a client that has ended: what a call that was under way connects after that is closed at once. Any: the client's connections."""
+
+    def __setitem__(self, key: object, connection: Any) -> None:
+        super().__setitem__(key, connection)
+        connection.close()
 
 
 def _failures(answer: Answer) -> Iterator[Answer]:

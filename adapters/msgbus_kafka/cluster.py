@@ -56,6 +56,7 @@ class Cluster:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
         self._client = AIOKafkaClient(**options, request_timeout_ms=int(DEADLINE * 1000))
+        bootstrap_whole(self._client)
         self._coordinators: dict[str, int] = {}
         self.nodes: list[int] = []
         self.default_replication = 1
@@ -262,6 +263,22 @@ async def ended(ending: Coroutine[Any, Any, None], seconds: float) -> bool:
         return task.done() and not task.cancelled() and task.exception() is None
     finally:
         task.cancel()
+
+
+def bootstrap_whole(client: Any) -> None:
+    """Whoever is cancelled while the client makes its first connection: the client comes to the end of that, which closes it, and is ended
+    then. By itself it would forget the connection. Any: this replaces a method."""
+    bootstrap = client.bootstrap
+
+    async def whole() -> None:
+        task = asyncio.create_task(bootstrap())
+        try:
+            await asyncio.shield(task)
+        finally:
+            if not task.done():
+                task.add_done_callback(lambda _: abort(client))
+
+    client.bootstrap = whole
 
 
 def abort(*owners: object) -> None:

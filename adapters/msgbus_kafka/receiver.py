@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerUnavailable, MsgbusError
-from msgbus_kafka.cluster import END, Cluster, abort, ended, places_of
+from msgbus_kafka.cluster import END, Cluster, abort, bootstrap_whole, ended, places_of
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, stream
 from msgbus_kafka.partition import Partition
@@ -41,7 +41,9 @@ FETCH_WAIT = 100
 def consumer_of(cluster: Cluster, **more: Any) -> AIOKafkaConsumer:
     """A consumer that commits nothing by itself. `more`: of aiokafka's many arguments, each with a type of its own."""
     more |= {"enable_auto_commit": False, "auto_offset_reset": "earliest", "fetch_max_wait_ms": FETCH_WAIT}
-    return AIOKafkaConsumer(**cluster.options, **more, max_partition_fetch_bytes=2 * cluster.max_bytes + 65536)
+    consumer = AIOKafkaConsumer(**cluster.options, **more, max_partition_fetch_bytes=2 * cluster.max_bytes + 65536)
+    bootstrap_whole(vars(consumer)["_client"])
+    return consumer
 
 
 async def stop(consumer: AIOKafkaConsumer) -> bool:

@@ -419,12 +419,12 @@ async def priority_no_starvation(stage: Stage) -> None:
     @bus.subscribe(RANKED, concurrency=4, window=26)
     async def handle(order: Order) -> None:
         await started.add(order.id)
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.01)
 
     publisher = await stage.publisher()
     await stage.start(bus)
     bus.pause("handle")
-    counts = {"high": 640, "normal": 120, "low": 20}
+    counts = {"high": 1200, "normal": 240, "low": 60}  # none is done in the moment that a broker hands out another one later
     for priority in PRIORITIES:
         await publisher.publish_many(RANKED, [Order(id=priority) for _ in range(counts[priority])], priority=priority)
     bus.resume("handle")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Final, Literal
 
 from msgbus.errors import InvalidHeader, InvalidName
 
@@ -72,24 +72,25 @@ HEADROOM = 64 * 1024
 """A published body may be this much smaller than what the broker takes, so that a copy with the record of its death fits."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Envelope:
-    """One message on its way, as adapters see it.
+    """One message on its way, as adapters see it. Never changed once it is made: type checkers refuse that, and to freeze it at run time
+    would take as long again as all else that is done to make one.
 
     `topic` is the logical name, with the namespace. `group`: None for every group of the topic; a name for that group only (retries,
     redrives). `headers` are flat text. `delay` is in seconds from the moment of sending: the adapter adds its broker's clock.
     `expires_at` is a moment in seconds since the epoch.
     """
 
-    id: str
-    topic: str
-    body: bytes
-    headers: Mapping[str, str]
-    key: str | None = None
-    group: str | None = None
-    priority: Priority = "normal"
-    delay: float = 0.0
-    expires_at: float | None = None
+    id: Final[str]
+    topic: Final[str]
+    body: Final[bytes]
+    headers: Final[Mapping[str, str]]
+    key: Final[str | None] = None
+    group: Final[str | None] = None
+    priority: Final[Priority] = "normal"
+    delay: Final[float] = 0.0
+    expires_at: Final[float | None] = None
 
 
 def new_id() -> str:

@@ -4,6 +4,7 @@ PYTHON ?=
 ARGS ?=
 PROGRAMS ?=
 SEED ?=
+ROUNDS ?= 5
 # The type checker comes complete from its wheel; without this it asks the network for a newer release of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
@@ -13,7 +14,7 @@ pip := $(python) -m pip --disable-pip-version-check --quiet --require-virtualenv
 docs_test := tests/unit/test_docs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo shop test differential torture crash check bench docs clean
+.PHONY: help setup demo shop test repeat differential torture crash check bench docs clean
 .SILENT:
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,13 @@ shop: $(venv)/.installed ## run the example of three services, killing each; MSG
 test: $(venv)/.installed ## run all tests, the suite on every broker among them; missing brokers are started, and installed where that may be
 	$(python) -m tests.install_brokers
 	$(python) -m tests.side_by_side
+
+repeat: $(venv)/.installed ## run the suite's tests that depend on time ROUNDS=... times, 5 unless said, on every broker, in random order
+	$(python) -m tests.install_brokers
+	set -e; for round in $$(seq $(ROUNDS)); do \
+	  echo "round $$round of $(ROUNDS)"; \
+	  PYTEST_ADDOPTS="$$PYTEST_ADDOPTS -p randomly -m timed" $(python) -m tests.side_by_side; \
+	done
 
 differential: $(venv)/.installed ## run random programs on every broker that is there; PROGRAMS=... says how many, SEED=... which
 	MSGBUS_TEST_DIFFERENTIAL_PROGRAMS=$(PROGRAMS) MSGBUS_TEST_DIFFERENTIAL_SEED=$(SEED) $(python) -m pytest tests/differential

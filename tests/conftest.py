@@ -38,12 +38,17 @@ OLDER = {"redis": ("redis-packaged", "valkey"), "rabbitmq": ("rabbitmq-packaged"
 """Where the tests that a module lists in `VERSIONED` run as well: those whose code asks which version it has before it."""
 
 
+TIMED = {f"msgbus.testing.suite_{part}" for part in ("consuming", "lifecycle", "operating", "ordering", "retrying")}
+"""Parts of the suite whose tests depend on time; `make repeat` runs them again and again."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--house", choices=HOUSES, help="only the tests that are done in this process when several run side by side")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "broker(name): needs the broker of this name; the fixture `running` is it")
+    config.addinivalue_line("markers", "timed: of the suite, and depends on time")
     draw_seed(config)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's way with what it starts in the background; children would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,6 +72,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = broker_of(item)
         if name is not None:
             item.user_properties.append(("broker", name))
+        if isinstance(item, pytest.Function) and item.function.__module__ in TIMED:
+            item.add_marker("timed")
     house = config.getoption("--house")
     if house is not None:
         others = [item for item in items if house_of(item) != house]

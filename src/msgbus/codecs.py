@@ -18,6 +18,10 @@ M = TypeVar("M")
 JSON = "application/json"
 _HUGE_EXPONENT = re.compile(rb"e(?<=[0-9]e)\+?[0-9]{3,}(?![^\s,\]}])")
 """A number that may overflow: 1e999, in lower case. It begins with the letter alone, which is searched for three times as fast."""
+_DIGITS = b"0123456789"
+_LONGEST = 308
+"""Digits of the largest number that a float holds."""
+_LONG = re.compile(rb"[0-9]{%d}" % (_LONGEST + 1))
 OCTETS = "application/octet-stream"
 
 
@@ -110,13 +114,20 @@ def _finite_validator(adapter: TypeAdapter[M]) -> Callable[[bytes], M]:
 
     def validate_finite(body: bytes) -> M:
         message = validate(body)
-        if (b"NaN" in body or b"Infinity" in body or (has_numbers and _HUGE_EXPONENT.search(body.lower()))) and _holds_nan(
+        if (b"NaN" in body or b"Infinity" in body or (has_numbers and _may_overflow(body))) and _holds_nan(
             adapter.dump_python(message, warnings=False)
         ):
             raise ValueError("NaN and Infinity are not JSON, and have no number")
         return message
 
     return validate_finite
+
+
+def _may_overflow(body: bytes) -> bool:
+    """Whether a number in it may be more than a float holds. One of too many digits has one at some 309th byte."""
+    some = body[_LONGEST :: _LONGEST + 1]
+    long = len(some.translate(None, _DIGITS)) < len(some) and _LONG.search(body) is not None
+    return long or _HUGE_EXPONENT.search(body.lower()) is not None
 
 
 def _refuse(constant: str) -> None:

@@ -18,7 +18,7 @@ from msgbus.contract.outcome import Dead, RetryAfter
 from msgbus.errors import AlreadySettled, BrokerError, ConfigurationError, DecodeError, Reject, RetryLater, UnsupportedFeature
 from msgbus.inbound.job import runs_before
 from msgbus.inbound.levels import Levels
-from msgbus.inbound.reading import age_of, reader
+from msgbus.inbound.reading import age_of, reader, rest_of_wait
 from msgbus.topic import Topic
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Delivery(Generic[M_co]):
             except DecodeError as error:
                 if self._settled is None:
                     self._settled = "reject"
-                    self._consumer.bury_soon(self, self._leave(error))
+                    self._consumer.settle_soon(self._leave(error), self._received.envelope.id)
                 raise
         return self._message[0]
 
@@ -137,7 +137,7 @@ class Consumer(Generic[M_co]):
         self._runtime: Runtime | None = None
         self._settler: Settler | None = None
         self._levels: Levels | None = None
-        self._burials: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
         """A receiver serves one task at a time; several may share a consumer."""
 
@@ -163,8 +163,8 @@ class Consumer(Generic[M_co]):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
         """Drains: what is not settled returns to the group."""
-        if self._burials:
-            await asyncio.wait(self._burials, timeout=self._running().close_timeout)
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=self._running().close_timeout)
         levels, self._levels = self._levels, None
         runtime, self._runtime = self._runtime, None
         if levels is not None and runtime is not None:
@@ -174,7 +174,8 @@ class Consumer(Generic[M_co]):
     async def receive(self, limit: int = 1, timeout: timedelta | None = None) -> list[Delivery[M_co]]:
         """1 to `limit` deliveries; none after `timeout` (default: waits). While the window is full of un-settled ones it waits too.
 
-        A lost link is mended meanwhile; what was un-settled comes again. Expired messages are settled here and not returned.
+        A lost link is mended meanwhile; what was un-settled comes again. Expired messages are settled here and not returned, and what came
+        back before its time waits on.
         Cancelling loses nothing. Several tasks may share a consumer; whoever still waits when it is left gets a `ConfigurationError`.
         """
         if limit < 1:
@@ -205,10 +206,13 @@ class Consumer(Generic[M_co]):
             finally:
                 self._turn.release()
             deliveries: list[Delivery[M_co]] = []
+            now = time.time()
             for receiver, received in batch:
-                expires_at = received.envelope.expires_at
-                if expires_at is not None and expires_at <= time.time():
+                envelope = received.envelope
+                if envelope.expires_at is not None and envelope.expires_at <= now:
                     receiver.ack(received)
+                elif rest := rest_of_wait(envelope, now):
+                    self.settle_soon(self._put_off(receiver, received, rest), envelope.id)
                 else:
                     deliveries.append(Delivery(self, received, receiver))
             if deliveries or (deadline is not None and loop.time() >= deadline):
@@ -229,18 +233,26 @@ class Consumer(Generic[M_co]):
         """The facts of a delivery."""
         return Context(envelope, self._publisher, topic=self._topic.name, group=self._group, attempt=attempt)
 
-    def bury_soon(self, delivery: Delivery[M_co], burying: Coroutine[Any, Any, None]) -> None:
-        """A body did not fit where nobody can wait: it becomes a dead letter in the background, at the latest when the consumer is left."""
+    def settle_soon(self, settling: Coroutine[Any, Any, None], message_id: str) -> None:
+        """What must go elsewhere where nobody can wait does so in the background, at the latest when the consumer is left."""
 
-        async def bury() -> None:
+        async def settle() -> None:
             try:
-                await burying
+                await settling
             except (BrokerError, ConfigurationError) as error:  # un-settled, it comes again; or the consumer was left
-                log.error("consumer of %s: %r could not be made a dead letter: %s", self._topic.name, delivery, error)
+                log.error("consumer of %s: message %r could not be moved: %s", self._topic.name, message_id, error)
 
-        task = asyncio.create_task(bury())
-        self._burials.add(task)
-        task.add_done_callback(self._burials.discard)
+        task = asyncio.create_task(settle())
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def _put_off(self, receiver: Receiver, received: Received, rest: float) -> None:
+        settler = self._settler
+        assert settler is not None  # set with the runtime
+        runs = runs_before(received.envelope)
+        problem = await settler.retry(receiver, received, runs=runs, delay=rest, failed_at=None)
+        if problem is not None:
+            raise problem
 
     async def carry_out(self, receiver: Receiver, received: Received, attempt: int, error: Exception) -> SendOutcome:
         """What the retry policy makes of a word, as a copy; None: it is stored and the original settled."""

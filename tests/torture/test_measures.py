@@ -25,8 +25,8 @@ SHARDS = 8
 WINDOW = 32
 TAKEN_OVER = {"redis": LEASE + 5, "kafka": SESSION + 5, "rabbitmq": 5}
 """Seconds from a death until a peer has what was in hand."""
-REPEATED = {"redis": WINDOW, "kafka": 1000, "rabbitmq": WINDOW}
-"""What one death may repeat: the window; on Kafka the `ack_window` of a partition."""
+REPEATED = {"redis": WINDOW, "kafka": 2 * WINDOW, "rabbitmq": WINDOW}
+"""What one death may repeat: the window; on Kafka also what was done in the twentieth of a second before."""
 
 
 @pytest.fixture(params=["keyed", "unkeyed"])

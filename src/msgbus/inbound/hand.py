@@ -18,6 +18,7 @@ from msgbus.contract.outcome import Dead, Outcome, RetryAfter
 from msgbus.inbound.job import Job, Source
 from msgbus.inbound.lanes import Lanes
 from msgbus.inbound.plan import Plan
+from msgbus.inbound.reading import rest_of_wait
 from msgbus.inbound.ready import ByWeight, OneLevel
 from msgbus.inbound.suspects import Suspects
 
@@ -25,8 +26,6 @@ ON_ITS_WAY = 1.0
 """Seconds after which an ack has reached the broker, if the link holds."""
 COMES_AGAIN = 60.0
 """Seconds in which a copy is expected of a message that is done, and of which the broker may not know it."""
-LONGEST_WAIT = 366 * 86400.0
-"""Seconds: a later not-before makes no sense."""
 
 
 class Hand:
@@ -96,7 +95,8 @@ class Hand:
         if received.crashes and self._suspects.quarantine:
             job.outcome = self._verdict(received)
         elif envelope.group is not None and NOT_BEFORE in envelope.headers:
-            job.outcome = _rest_of_wait(envelope.headers[NOT_BEFORE], now)
+            rest = rest_of_wait(envelope, now)
+            job.outcome = RetryAfter(rest, counted=False) if rest else None
         if self.lanes is not None and envelope.key is not None and not self.lanes.enter(envelope.key, job):
             return
         self.put(job)
@@ -301,15 +301,6 @@ class Hand:
     def resumes(self) -> None:
         """It will look at what is ready again."""
         self.awake += 1
-
-
-def _rest_of_wait(not_before: str, now: float) -> Outcome | None:
-    """A wait longer than the broker's longest delay goes round until its time has come."""
-    try:
-        rest = float(not_before) - now
-    except ValueError:
-        return None
-    return RetryAfter(rest, counted=False) if 0.05 < rest < LONGEST_WAIT else None
 
 
 def resolve(future: asyncio.Future[bool], value: bool) -> None:

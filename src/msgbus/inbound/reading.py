@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from msgbus.codecs import decoder
 from msgbus.contract.codec import Codec
-from msgbus.contract.envelope import CE_TIME, CE_TYPE, CONTENT_ENCODING, CONTENT_TYPE, Envelope, parse_utc
+from msgbus.contract.envelope import CE_TIME, CE_TYPE, CONTENT_ENCODING, CONTENT_TYPE, NOT_BEFORE, Envelope, parse_utc
 from msgbus.errors import DecodeError
 from msgbus.topic import Topic
 
@@ -19,6 +19,8 @@ M = TypeVar("M")
 
 MOST_PROBLEMS = 100
 """Problems of one body that are spelled out."""
+_LONGEST_WAIT = 366 * 86400.0
+"""Seconds: a later not-before makes no sense."""
 _MOST_TYPES = 64
 """Event types of a topic that are remembered as harmless: the text comes from outside."""
 _OUR_TYPE = re.compile(r"(.*)\.v([0-9]{1,99})")
@@ -69,3 +71,13 @@ def age_of(envelope: Envelope) -> float:
     """Seconds since it was first published, by what it says; 0 where it does not."""
     published = parse_utc(envelope.headers.get(CE_TIME))
     return 0.0 if published is None else max(0.0, time.time() - published.timestamp())
+
+
+def rest_of_wait(envelope: Envelope, now: float) -> float:
+    """Seconds until the group may have what came by its own way; 0 where it may. A wait that is longer than the broker's longest delay goes
+    round until its time has come."""
+    try:
+        rest = float(envelope.headers.get(NOT_BEFORE, now)) - now
+    except ValueError:
+        return 0.0
+    return rest if envelope.group is not None and 0.05 < rest < _LONGEST_WAIT else 0.0

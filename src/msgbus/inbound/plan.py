@@ -180,6 +180,10 @@ def _check_capabilities(plan: Plan, adapter: Adapter) -> None:
     ):
         if needed and capability not in has:
             raise UnsupportedFeature(f"{plan.place}: {feature}", adapter.name, alternative)
+    longest = adapter.limits.unsettled
+    if plan.timeout is not None and longest is not None and plan.timeout >= longest:
+        feature, here = f"a timeout of {plan.timeout:g} s", f"{adapter.name}, which takes a message back after {longest:g} s"
+        raise UnsupportedFeature(f"{plan.place}: {feature}", here, "a shorter one, or a longer limit at the broker and in its URL")
 
 
 def _check_session(plan: Plan, store: IdempotencyStore | None) -> None:

@@ -10,6 +10,7 @@ from tests.brokers import Server
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
+from msgbus.errors import PublishUnknown
 from msgbus.urls import adapter_from_url
 from msgbus_rabbitmq import RabbitAdapter
 
@@ -150,3 +151,45 @@ async def test_a_death_in_the_midst_of_a_close_leaves_nothing_behind(adapter: Ra
             heirs[1].ack(again)
             (again,) = await taken(heirs[1], 1)
         await heirs[1].close()
+
+
+async def test_a_broker_short_of_memory_is_waited_for_and_read_from(adapter: RabbitAdapter, running: Server) -> None:
+    """While the memory alarm is on, a publish is unknown in time and what is there is handed out and acked: publishing and consuming
+    have connections of their own. When it is over, publishing goes on by itself, and what was unknown is stored once or not at all."""
+    topic, count = f"t{new_id()}", 40
+    spec = ReceiverSpec(topic, "group", window=count)
+    await adapter.declare([TopicSpec(topic)], [spec])
+    assert not any(await adapter.send(numbered(topic, range(count)), timeout=30))
+    receiver = await adapter.open_receiver(spec)
+    try:
+        told(running, "rabbitmqctl set_vm_memory_high_watermark absolute 1MB")
+        async with asyncio.timeout(30):
+            while not isinstance((await adapter.send(numbered(topic, range(100, 101)), timeout=1.0))[0], PublishUnknown):
+                pass
+        began = asyncio.get_running_loop().time()
+        outcomes = await adapter.send(numbered(topic, range(200, 203)), timeout=1.0)
+        assert asyncio.get_running_loop().time() - began < 3
+        assert [type(outcome) for outcome in outcomes] == [PublishUnknown] * 3
+        old = await taken(receiver, count)
+        for received in old:
+            receiver.ack(received)
+        assert numbers(old) == list(range(count))
+    finally:
+        told(running, "rabbitmqctl set_vm_memory_high_watermark 0.6")
+    async with asyncio.timeout(60):
+        while (await adapter.send(numbered(topic, range(300, 301)), timeout=5.0))[0] is not None:
+            pass
+    found = list[int]()
+    while 300 not in found:
+        batch = await taken(receiver, 1)
+        found += numbers(batch)
+        for received in batch:
+            receiver.ack(received)
+    await adapter.close()
+    assert all(found.count(number) <= 1 for number in range(200, 203))
+
+
+def told(running: Server, command: str) -> None:
+    """A word to the broker's own tool."""
+    code, said = running.shell(command)
+    assert code == 0, said

@@ -9,7 +9,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -17,7 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 from msgbus import Batch, Bus, Context, Retry, Router, SyncContext, Topic
-from msgbus.contract.adapter import Capability
+from msgbus.contract.adapter import Capability, Limits
 from msgbus.errors import (
     BusNotEntered,
     ConfigurationError,
@@ -354,6 +354,24 @@ async def test_what_the_broker_cannot_do_is_refused_with_the_alternative(
             pytest.fail("entered")
     for part in ("poor", *says):
         assert part in str(raised.value)
+
+
+class Impatient(MemoryAdapter):
+    """A broker that takes a message back after a minute."""
+
+    @property
+    def limits(self) -> Limits:
+        return replace(super().limits, unsettled=60.0)
+
+
+async def test_a_handler_may_not_take_longer_than_the_broker_waits() -> None:
+    """A timeout as long as the broker's own is refused at start: the message would be run again beside it."""
+    for seconds, refused in ((59, False), (60, True)):
+        bus = Bus(adapter=Impatient(), service="shop")
+        bus.subscribe(orders, timeout=timedelta(seconds=seconds))(good)
+        with pytest.raises(UnsupportedFeature, match=r"timeout of 60 s .*after 60 s; instead: a shorter one") if refused else nullcontext():
+            async with bus:
+                pass
 
 
 async def test_a_delay_that_the_broker_cannot_keep_is_refused_at_the_call() -> None:

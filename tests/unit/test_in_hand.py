@@ -38,7 +38,7 @@ async def test_what_expires_behind_another_of_its_key_is_not_handled() -> None:
     @bus.subscribe(keyed)
     async def handle(order: Order) -> None:
         if order.n == 0:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)  # its work
         await seen.add(order.n)
 
     async with bus.running():

@@ -45,7 +45,7 @@ class Impatient(Middleware):
         if context.headers["n"] == "0":
             async with asyncio.timeout(0.05):
                 return await call_next(context)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # the first one has given up by then
         return await call_next(context)
 
 

@@ -46,7 +46,7 @@ async def test_a_timeout_holds_while_another_task_receives() -> None:
     """A task that waits for its turn waits no longer than it said."""
     async with Bus("memory://") as bus, bus.consumer(orders, group="g") as consumer:
         other = asyncio.create_task(consumer.receive())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # it has its turn
         async with asyncio.timeout(0.5):
             assert await consumer.receive(timeout=timedelta(seconds=0.1)) == []
         other.cancel()
@@ -58,7 +58,7 @@ async def test_who_waits_when_a_consumer_is_left_is_told_so() -> None:
         consumer = bus.consumer(orders, group="g")
         async with consumer:
             waiting = asyncio.create_task(consumer.receive())
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # it waits for a message
         with pytest.raises(ConfigurationError, match="not entered"):
             async with asyncio.timeout(5):
                 await waiting
@@ -81,7 +81,7 @@ async def test_a_body_that_is_looked_at_too_late_costs_only_a_line_in_the_log(ca
             (delivery,) = await consumer.receive()
         with pytest.raises(DecodeError):
             _ = delivery.message
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # what goes on in the background ends
         gc.collect()
     assert "could not be moved" in caplog.text
     assert not caught

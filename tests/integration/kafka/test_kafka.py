@@ -97,10 +97,10 @@ async def test_a_receiver_that_nobody_reads_keeps_what_is_in_hand(url: str) -> N
         receiver = await adapter.open_receiver(spec)
         await adapter.send([envelope(topic)], timeout=5)
         (first,) = await take(receiver, 1)
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(2.5)  # it would leave, had it nothing in hand
         receiver.ack(first)
         assert receiver.stale_acks == 0
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(2.5)  # it leaves
         await adapter.send([envelope(topic)], timeout=5)
         (second,) = await take(receiver, 1)
         assert second.envelope.id != first.envelope.id

@@ -359,9 +359,9 @@ async def test_a_publish_that_came_later_has_its_own_time() -> None:
     pipeline = Pipeline(adapter, (), 0.6)
     loop = asyncio.get_running_loop()
     early = [asyncio.ensure_future(publish(pipeline, envelope("first")))]
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # deadlines that are a tenth of a second apart
     early.append(asyncio.ensure_future(publish(pipeline, envelope("second"))))
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(0.4)  # when it is over, the first one's time is and the late one's is not
     late = asyncio.ensure_future(publish(pipeline, envelope("late")))
     loop.call_later(0.35, back.set)
     await asyncio.wait([*early, late])

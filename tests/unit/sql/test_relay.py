@@ -209,7 +209,7 @@ async def test_nothing_is_sent_with_hardly_any_time_left(store: SqlStore) -> Non
     broker = Broker()
 
     async def declare(topic: TopicSpec) -> None:
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(0.7)  # more than a round has for it
 
     relay = Relay(store, broker.deliver, declare, publish_timeout=5, lease=3)
     assert await relay.round() == 0
@@ -223,7 +223,7 @@ async def test_delayed_and_expired_rows(store: SqlStore) -> None:
     await write(store, Order(id="k", n=1), delay=timedelta(days=30))
     await write(store, Order(id="k", n=2), expires_in=timedelta(milliseconds=1))
     await write(store, Order(id="k", n=3))
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.02)  # the expired one's time
     broker = Broker()
     relay = broker.relay(store)
     await drained(relay)
@@ -242,7 +242,7 @@ async def test_old_rows_are_deleted(store: SqlStore) -> None:
     await write(store, Order(id="6"))
     await store.begin("g", "old", "f", 0.001)
     await store.begin("g", "new", "f", LONG)
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.02)  # the old one's time
     assert await store.clean(LONG) == 1
     assert await store.clean(0) == 5
     assert await store.clean(0) == 0

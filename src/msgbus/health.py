@@ -17,12 +17,13 @@ from msgbus.outbound.watch import Watch
 log = logging.getLogger("msgbus")
 
 CHECK_UNCLAIMED = 30.0
+COUNTED = ("done", "repeated", "dropped", "dead", "retried", "failed", "expired", "released", "stale_acks")
 
 
 @dataclass(frozen=True, slots=True)
 class SubscriptionHealth:
     """One subscription of this process. `counts` since it started: done (of them repeated: the store knew the effect), dropped, dead,
-    retried, failed, expired, released, stale_acks."""
+    retried, failed, expired, released, stale_acks; what has not happened is 0."""
 
     name: str
     topic: str
@@ -70,9 +71,9 @@ class Monitor:
             try:
                 async with asyncio.timeout(self._interval):
                     await self._adapter.ping()
-                    if loop.time() >= next_look:
-                        next_look = loop.time() + CHECK_UNCLAIMED
-                        await self._look_for_unclaimed()
+                if loop.time() >= next_look:
+                    await self._look_for_unclaimed()
+                    next_look = loop.time() + CHECK_UNCLAIMED
             except (BrokerError, TimeoutError) as error:
                 self._note(str(error) or f"no answer within {self._interval:g} s")
             else:
@@ -85,9 +86,15 @@ class Monitor:
         self.problem = problem
 
     async def _look_for_unclaimed(self) -> None:
+        """Each look is as good as a ping, and has its time; together they may take longer, for there may be many topics."""
         adapter = self._adapter
         if isinstance(adapter, HasGroups):
-            self.unclaimed = tuple([topic for topic in self._published() if not await adapter.groups(topic)])
+            unclaimed: list[str] = []
+            for topic in [*self._published()]:
+                async with asyncio.timeout(self._interval):
+                    if not await adapter.groups(topic):
+                        unclaimed.append(topic)
+            self.unclaimed = tuple(unclaimed)
 
 
 def assess(
@@ -127,7 +134,7 @@ def assess(
                 runner.waiting,
                 runner.intake_stopped,
                 runner.last_error,
-                dict(runner.counts),
+                {**dict.fromkeys(COUNTED, 0), **runner.counts},
             )
         )
     return Health("down" if down else "degraded" if problems else "ok", tuple(problems), tuple(subscriptions), monitor.unclaimed)

@@ -142,8 +142,8 @@ def check_topic(name: str) -> str:
         raise InvalidName(f"topic {_shown(name)}: a name has 1 to {MAX_TOPIC} characters, its namespace included")
     if not _NAME.fullmatch(name) or name.startswith(".") or name.endswith(".") or ".." in name:
         raise InvalidName(f"topic {_shown(name)}: use letters, digits, '.', '_' and '-', no empty part between dots")
-    if name.startswith(("amq.", "__")):
-        raise InvalidName(f"topic {_shown(name)}: names beginning with 'amq.' or '__' belong to the brokers")
+    if name.startswith(("amq.", "__", "msgbus.")):
+        raise InvalidName(f"topic {_shown(name)}: names beginning with 'amq.' or '__' belong to the brokers, with 'msgbus.' to msgbus")
     if _RESERVED_ENDING.search(name):
         raise InvalidName(f"topic {_shown(name)}: the last part is a word that msgbus uses for its own destinations")
     return name

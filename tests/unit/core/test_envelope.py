@@ -17,7 +17,7 @@ from msgbus.inbound.reading import age_of
 
 BAD_NAMES: list[Any] = [
     "", ".", "..", "a..b", ".a", "a.", "x" * 250, "a/b", "a b", "é", "a\nb", "a\n", "\x00", "*", "a.*", "#", "{tag}", "a:b", "a,b",
-    "a\ud800", "amq.x", "__consumer_offsets", None, 17, b"orders", 1.5, ["orders"],
+    "a\ud800", "amq.x", "__consumer_offsets", "msgbus.delay.due", None, 17, b"orders", 1.5, ["orders"],
 ]  # fmt: skip
 RESERVED = ["dead", "retry", "soon", "delay", "member", "high", "normal", "low", "p0", "p17"]
 
@@ -61,7 +61,7 @@ def test_a_name_passes_exactly_when_it_is_made_of_what_brokers_hold(name: str) -
     good = (
         1 <= len(name) <= 120
         and all(re.fullmatch(r"[A-Za-z0-9_-]+", part) for part in parts)
-        and not name.startswith(("amq.", "__"))
+        and not name.startswith(("amq.", "__", "msgbus."))
         and parts[-1] not in RESERVED
         and not re.fullmatch(r"p[0-9]+", parts[-1])
     )

@@ -143,6 +143,7 @@ class Link:
             for _, _, answered in self._waiting:
                 if not answered.done():
                     answered.set_exception(problem)
+                    answered.exception()  # who could not write does not await it, and asyncio would complain
             await self._connection.disconnect(nowait=True)
 
     def abort(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 import uuid
@@ -559,3 +560,16 @@ async def test_a_lost_connection_is_replaced(server: Redis, made: Made) -> None:
     again = await adapter.open_receiver(ReceiverSpec(topic, "g"))
     taken = await take(again, 3)
     assert {received.crashes for received in taken} == {0}
+
+
+async def test_a_call_that_finds_its_connection_broken_leaves_nothing_behind(made: Made) -> None:
+    """It raises its own error; asyncio has no second one to complain of."""
+    adapter = await opened(made)
+    unheard: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context["message"]))
+    next(iter(vars(adapter)["_sender"].topology.links._all))._connection._writer.transport.abort()
+    with pytest.raises(BrokerUnavailable):
+        await adapter.ping()
+    await adapter.ping()  # the broken connection is forgotten
+    gc.collect()
+    assert unheard == []

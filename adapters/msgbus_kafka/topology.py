@@ -19,6 +19,8 @@ RETENTION = "retention.ms"
 CLEANUP = "cleanup.policy"
 MAX_BYTES = "max.message.bytes"
 REPLICATION = "replication_factor"
+AT_ONCE = 20
+"""Topics that one request creates: it has a deadline, whatever their number."""
 
 
 class Topology:
@@ -47,8 +49,8 @@ class Topology:
         new = [made for name, made in wanted.items() if name not in found]
         if new and not create:
             raise _missing(new[0][1])
-        if new:
-            await self._cluster.create([topic for topic, _ in new])
+        for done in range(0, len(new), AT_ONCE):
+            await self._cluster.create([topic for topic, _ in new[done : done + AT_ONCE]])
         for spec, group, level, start in groups:
             await self._declare_group(spec.name, group, level, start, create)
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -20,6 +20,7 @@ from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import Envelope, new_id
 from msgbus.errors import BrokerUnavailable, PublishRejected, PublishUnknown, TopologyMismatch
 from msgbus_kafka import KafkaAdapter
+from msgbus_kafka.cluster import Cluster, NewTopic
 from msgbus_kafka.url import read_url
 
 SETTINGS = AdapterSettings(heartbeat=2.0, session_timeout=6.0)
@@ -315,3 +316,22 @@ async def test_a_dropped_group_is_noticed_long_before_a_heartbeat(url: str) -> N
         assert await operator.drop_group(topic, "workers")
         with pytest.raises(BrokerUnavailable):
             await take(receiver, 1, seconds=5)
+
+
+async def test_many_topics_are_made_a_few_at_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request has a deadline, whatever it asks for: 200 subscriptions' topics in one were too much for a slow broker."""
+    made: list[int] = []
+    create = Cluster.create
+
+    async def counted(self: Cluster, topics: Sequence[NewTopic]) -> None:
+        made.append(len(topics))
+        await create(self, topics)
+
+    monkeypatch.setattr(Cluster, "create", counted)
+    base = fresh()
+    specs = [TopicSpec(f"{base}{number}", keyed=True, shards=1) for number in range(25)]
+    async with opened(url) as adapter:
+        await adapter.declare(specs, [])
+        await adapter.declare(specs, [], create=False)
+    assert sum(made) == 50  # a topic, and one for what is delayed
+    assert max(made) <= 20

@@ -34,6 +34,8 @@ from typing import IO, Protocol
 
 FOUND_BY = 180.0
 """Seconds until a broker that was started must answer: Kafka recovers every partition that it ever had."""
+PORTS = 8
+"""How many one may have."""
 JARS = Path(__file__).parent.parent / ".brokers" / "kafka"
 """Where the process of Kafka has its jars."""
 PATH = ":".join(
@@ -51,7 +53,7 @@ class Recipe:
     """How a broker is started, and how one sees that it answers.
 
     In `url`, `variables`, `files`, `process` and `process_variables` stand for what is only known then: `{port}` for the port on
-    this machine, `{port1}`, `{port2}` and `{port3}` for the three above it, `{folder}` for a folder of the process.
+    this machine, `{port1}` to `{port7}` for those above it, `{folder}` for a folder of the process.
     """
 
     url: str
@@ -70,6 +72,8 @@ class Recipe:
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
     process_variables: Mapping[str, str] = field(default_factory=dict[str, str])
     files: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The process's, in its folder; and `container_files` the container's, by their paths."""
+    container_files: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def _redis(program: str, image: str | None) -> Recipe:
@@ -253,6 +257,8 @@ class _Container:
         for index, inside in enumerate(recipe.ports):
             # Docker's own API takes an address too; on all of them, a broker with no password would be everybody's.
             container.ports[f"{inside}/tcp"] = ("127.0.0.1", port + index)  # type: ignore[assignment]
+        for path, content in _filled(recipe.container_files, port).items():
+            container.with_copy_into_container(content.encode(), path)
         if recipe.command is not None:
             container.with_command(recipe.command)
         try:
@@ -492,23 +498,23 @@ def lacks(name: str) -> str:
     program = RECIPES[name].program
     if shutil.which(program, path=PATH) is None:
         return f"no {program} is installed"
-    if name == "kafka" and not any(JARS.glob("kafka_*.jar")):
+    if program == "java" and not any(JARS.glob("kafka_*.jar")):
         return f"no jars of Kafka in {JARS}"
     return ""
 
 
 def _filled(templates: Mapping[str, str], port: int, folder: Path = Path()) -> dict[str, str]:
-    above = {f"port{index}": port + index for index in (1, 2, 3)}
+    above = {f"port{index}": port + index for index in range(1, PORTS)}
     return {name: value.format(port=port, folder=folder, **above) for name, value in templates.items()}
 
 
 def _free_port() -> int:
-    """One with three free ones above it, of those that the system gives to nobody by itself.
+    """One with free ones above it, of those that the system gives to nobody by itself.
 
     A client that looks for its broker at a port of that other kind may be given the very same as its own, and so find itself.
     """
-    for start in random.SystemRandom().sample(range(20000, 32000, 4), 100):
-        if all(map(_is_free, range(start, start + 4))):
+    for start in random.SystemRandom().sample(range(20000, 32000, PORTS), 100):
+        if all(map(_is_free, range(start, start + PORTS))):
             return start
     raise Unavailable("no free ports")
 

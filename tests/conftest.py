@@ -28,6 +28,8 @@ HOUSE = {
     "valkey": "redis",
     "redis-packaged": "redis",
     "rabbitmq-packaged": "rabbitmq",
+    "rabbitmq-secure": "rabbitmq",
+    "kafka-secure": "kafka",
 }
 """Of a broker, where it has none of its own name."""
 SUMMARY = "MSGBUS_TEST_SUMMARY"

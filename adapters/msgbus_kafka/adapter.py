@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Depth, Limits, Receiver, ReceiverSpec, SendOutcome, TopicSpec
 from msgbus.contract.address import DEAD_GROUP
 from msgbus.contract.envelope import Envelope
+from msgbus.contract.logs import quieten
 from msgbus.errors import BrokerUnavailable, ConfigurationError, UnsupportedFeature
 from msgbus_kafka.cluster import Cluster
 from msgbus_kafka.dead import DeadReceiver
@@ -63,6 +64,7 @@ class KafkaAdapter(Adapter):
             if self._opened.loop is asyncio.get_running_loop():
                 return
             self._receivers.clear()  # their sockets and tasks ended with the loop
+        quieten("aiokafka")
         cluster = Cluster(self._place.client_options())
         try:
             await cluster.open(self._place.shown)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from aiokafka import AIOKafkaClient, TopicPartition
 from aiokafka.conn import collect_hosts, create_conn
-from aiokafka.errors import for_code
+from aiokafka.errors import KafkaConnectionError, for_code
 from aiokafka.protocol import admin
 from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.group import LeaveGroupRequest
@@ -31,11 +31,23 @@ DEADLINE = 10.0
 CLOSE = 1.0
 END, BEGINNING = -1, -2
 """Moments that ListOffsets knows beside milliseconds since the epoch."""
-EXISTS, UNKNOWN_TOPIC, UNKNOWN_MEMBER, NON_EMPTY, NO_SUCH_GROUP = 36, 3, 25, 68, 69
+EXISTS, UNKNOWN_TOPIC, UNKNOWN_MEMBER, NOT_OURS_TO_SEE, NON_EMPTY, NO_SUCH_GROUP = 36, 3, 25, 31, 68, 69
 _ABSENT = (UNKNOWN_TOPIC, 5, 9, 17, 72)  # not there, no leader or replica yet, a name that cannot be
 _TOPIC, _BROKER = 2, 4  # kinds of resource that have a configuration
 _CHOSEN: list[tuple[int, list[int]]] = []  # the broker chooses where replicas are
 _PRODUCING = "produce"  # has a socket a broker to itself
+
+_RIGHTS: Mapping[type, str] = {
+    admin.CreateTopicsRequest: "Create",
+    admin.DeleteTopicsRequest: "Delete",
+    admin.DeleteGroupsRequest: "Delete",
+    admin.DescribeConfigsRequest: "DescribeConfigs",
+    OffsetCommitRequest: "Read",
+    LeaveGroupRequest: "Read",
+}
+"""What an ACL must give for a request; Describe for the others."""
+
+_HANGS_UP = ", which hangs up (kafkas:// is for a port with TLS, kafka:// for one without; some want a user, or our certificate)"
 
 Committed = Mapping[TopicPartition, tuple[int, str]]
 Answer = dict[str, Any]  # Any: a response of Kafka's protocol, its fields by their names
@@ -69,11 +81,16 @@ class Cluster:
                 await self._client.bootstrap()
         except CLIENT_ERRORS as error:
             reason = await self._refusal() or error
-            raise translate(reason, f"connecting to {shown}") from reason
+            doing = f"connecting to {shown}"
+            if isinstance(reason, KafkaConnectionError | ConnectionResetError):
+                doing += _HANGS_UP
+            raise translate(reason, doing) from reason
         self.nodes = [broker.nodeId for broker in self._client.cluster.brokers()]
         node = self.nodes[0]
-        (configs,) = (await self._configs(admin.DescribeConfigsRequest([(_BROKER, str(node), None)]), range(9), node)).values()
-        self.max_bytes, self.default_replication = int(configs["message.max.bytes"]), int(configs["default.replication.factor"])
+        request = admin.DescribeConfigsRequest([(_BROKER, str(node), None)])
+        (configs,) = (await self._configs(request, range(9), node, (NOT_OURS_TO_SEE,))).values()
+        self.max_bytes = int(configs.get("message.max.bytes", self.max_bytes))
+        self.default_replication = int(configs.get("default.replication.factor", -1))  # the brokers know it
 
     async def _refusal(self) -> Exception | None:
         """Why the first of the brokers does not let us in: the client tells that to its log alone."""
@@ -111,9 +128,9 @@ class Cluster:
                 answer: Answer = (await self._client.send(self._client.get_random_node() if node is None else node, request)).to_object()
             for failed in _failures(answer):
                 if failed["error_code"] not in tolerate:
-                    raise for_code(failed["error_code"])(failed.get("error_message") or "")
+                    raise for_code(failed["error_code"])(": ".join(filter(None, (failed["where"], failed.get("error_message")))))
         except CLIENT_ERRORS as error:
-            raise translate(error, doing) from error
+            raise translate(error, doing, _RIGHTS.get(type(request), "Describe")) from error
         return answer
 
     # ------------------------------------------------------------ topics
@@ -153,8 +170,10 @@ class Cluster:
         """What was set on each topic itself, not by the broker's defaults."""
         return await self._configs(admin.DescribeConfigsRequest([(_TOPIC, topic, None) for topic in topics]), (1,))
 
-    async def _configs(self, request: object, sources: Sequence[int], node: int | None = None) -> dict[str, dict[str, str]]:
-        answer = await self._ask(request, "reading configurations", node, (UNKNOWN_TOPIC,))
+    async def _configs(
+        self, request: object, sources: Sequence[int], node: int | None = None, tolerate: Sequence[int] = (UNKNOWN_TOPIC,)
+    ) -> dict[str, dict[str, str]]:
+        answer = await self._ask(request, "reading configurations", node, tolerate)
         return {
             resource["resource_name"]: {
                 entry["config_names"]: entry["config_value"] for entry in resource["config_entries"] if entry["config_source"] in sources
@@ -243,7 +262,7 @@ class Cluster:
             self._coordinators.pop(group, None)
             raise
         except CLIENT_ERRORS as error:
-            raise translate(error, doing) from error
+            raise translate(error, doing, "Describe") from error
 
     def _controller(self) -> int | None:
         controller = self._client.cluster.controller
@@ -294,7 +313,15 @@ def abort(*owners: object) -> None:
         if "_conns" in parts:
             connections, parts["_conns"] = parts["_conns"], _Ended()
             for connection in list(connections.values()):
-                connection.close()
+                _cut(connection)
+
+
+def _cut(connection: Any) -> None:
+    """Ends its socket now: by itself TLS takes leave first, for which the event loop may not live long enough. Any: that is private."""
+    writer: asyncio.StreamWriter | None = connection._writer  # noqa: SLF001
+    connection.close()
+    if writer is not None:
+        writer.transport.abort()
 
 
 class _Ended(dict[object, Any]):
@@ -302,17 +329,18 @@ class _Ended(dict[object, Any]):
 
     def __setitem__(self, key: object, connection: Any) -> None:
         super().__setitem__(key, connection)
-        connection.close()
+        _cut(connection)
 
 
-def _failures(answer: Answer) -> Iterator[Answer]:
-    """All that has an error code, at any depth: of lists of structures, as the protocol is."""
+def _failures(answer: Answer, where: str = "") -> Iterator[Answer]:
+    """All that has an error code, at any depth: of lists of structures, as the protocol is. With the topic or other thing it is about."""
+    where = answer.get("topic") or answer.get("resource_name") or where
     if answer.get("error_code"):
-        yield answer
+        yield {**answer, "where": where}
     for value in answer.values():
         for part in cast("list[object]", value) if isinstance(value, list) else ():
             if isinstance(part, dict):
-                yield from _failures(cast(Answer, part))
+                yield from _failures(cast(Answer, part), where)
 
 
 def _by_place(answer: Answer) -> Iterator[tuple[TopicPartition, Answer]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+
 from aiokafka import errors as kafka
 
 from msgbus.errors import (
@@ -22,13 +24,16 @@ _UNUSABLE = ("Invalid", "Unsupported", "PolicyViolation", "IncompatibleBroker")
 """What names of errors begin with that no other try will mend."""
 
 
-def translate(error: BaseException, doing: str) -> MsgbusError:
-    """The error of any call but a produce; for `raise translate(error, ...) from error`. One of ours stays as it is."""
+def translate(error: BaseException, doing: str, right: str = "Read") -> MsgbusError:
+    """The error of any call but a produce; for `raise translate(error, ...) from error`. One of ours stays as it is. `right`: the one that
+    an ACL must give for the call."""
     if isinstance(error, MsgbusError):
         return error
     name = type(error).__name__
-    said = f"{doing}: {name}" + (f": {error}" if str(error) else "")
-    if "Auth" in name or "Sasl" in name:
+    said = f"{doing}: {error}" if isinstance(error, kafka.KafkaError) else f"{doing}: {name}: {error}".removesuffix(": ")
+    if "Authorization" in name:
+        said += f" (needs the right {right})"
+    if "Auth" in name or "Sasl" in name or isinstance(error, ssl.SSLCertVerificationError):
         return AuthenticationFailed(said)
     return ConfigurationError(said) if name.startswith(_UNUSABLE) else BrokerUnavailable(said)
 
@@ -41,4 +46,6 @@ def produced(code: int, message_id: str, topic: str) -> BrokerError | MessageToo
         return MessageTooLarge(f"{said}: larger than the topic's max.message.bytes")
     if issubclass(error, kafka.RequestTimedOutError | kafka.NotEnoughReplicasAfterAppendError | kafka.UnknownError):
         return PublishUnknown(message_id, error.__name__)
+    if "Authorization" in error.__name__:
+        said += " (needs the right Write)"
     return BrokerUnavailable(said) if error.retriable else PublishRejected(said)

@@ -10,6 +10,7 @@ from typing import ClassVar, Self, cast
 from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Depth, Limits, Receiver, ReceiverSpec, SendOutcome, TopicSpec
 from msgbus.contract.address import DEAD_GROUP
 from msgbus.contract.envelope import Envelope
+from msgbus.contract.logs import quieten
 from msgbus.errors import BrokerUnavailable, NotFound, UnsupportedFeature
 from msgbus_rabbitmq import names
 from msgbus_rabbitmq.export import Notebook
@@ -81,6 +82,7 @@ class RabbitAdapter(Adapter):
         """Makes three connections: for publishing, consuming, asking."""
         if self._connected is not None:
             return
+        quieten("aiormq")
         connected = Connected(self._place, self._settings)
         try:
             connections = [await link.connection() for link in connected.links]

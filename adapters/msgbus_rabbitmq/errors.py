@@ -50,7 +50,8 @@ async def calling(doing: str, seconds: float = CALL) -> AsyncGenerator[None, Non
 def call_error(error: BaseException, doing: str) -> BrokerError | ConfigurationError:
     """What became of a call that stores nothing."""
     said = f"{doing}: {words(error)}"
-    if isinstance(error, client.ProbableAuthenticationError | client.AuthenticationError | client.ChannelAccessRefused):
+    refused = isinstance(error, client.ProbableAuthenticationError | client.AuthenticationError | client.ChannelAccessRefused)
+    if refused or "CERTIFICATE" in said:  # what TLS says of either side's; of the client's as the text of a lost link
         return AuthenticationFailed(said)
     if isinstance(error, client.ChannelPreconditionFailed):  # its text names the resource and both values
         return TopologyMismatch(doing, "what msgbus declares", words(error))

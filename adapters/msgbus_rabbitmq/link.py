@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from ssl import SSLError
 from typing import Any
 
 import aiormq
@@ -65,6 +66,8 @@ class Link:
                         self._connection = await aiormq.connect(self._url, transport_factory=self._transport)
                 except BrokerError as error:
                     self.abort()
+                    if isinstance(error, BrokerUnavailable) and isinstance(error.__cause__, client.AMQPConnectionError | SSLError):
+                        raise BrokerUnavailable(f"{error} (amqps:// is for a port with TLS, amqp:// for one without)") from error
                     # a no where Open-Ok was expected; aiormq keeps its text. A heartbeat there is who was too slow to answer.
                     if isinstance(error.__cause__, client.InvalidFrameError) and "Connection.Close" in str(error):
                         raise ConfigurationError(f"{doing}: there is no virtual host {self._place.vhost!r}, or not for us") from error

@@ -1,3 +1,6 @@
+class CreateAclsRequest:
+    def __init__(self, *fields: object, **named: object) -> None: ...
+
 class CreateTopicsRequest:
     def __init__(self, *fields: object, **named: object) -> None: ...
 
@@ -5,6 +8,9 @@ class DeleteGroupsRequest:
     def __init__(self, *fields: object, **named: object) -> None: ...
 
 class DeleteTopicsRequest:
+    def __init__(self, *fields: object, **named: object) -> None: ...
+
+class DescribeAclsRequest:
     def __init__(self, *fields: object, **named: object) -> None: ...
 
 class DescribeConfigsRequest:

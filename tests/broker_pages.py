@@ -158,6 +158,8 @@ MEANS: Mapping[str, str] = {
     "replicas": "how many must have a message under `durability=replicated` (1)",
     "replication": "replicas of topics that msgbus creates (the brokers' `default.replication.factor`)",
     "require_durable": _AS,
+    "sentinel_password": "the Sentinels' own, where they ask for one: that of the URL is for the servers",
+    "sentinel_user": "and the user",
     "session_timeout": _AS,
     "shards": _AS,
     "ssl_ca_certs": "certificates of authorities that are trusted",

@@ -52,8 +52,8 @@ class Unavailable(Exception):
 class Recipe:
     """How a broker is started, and how one sees that it answers.
 
-    In `url`, `variables`, `files`, `process` and `process_variables` stand for what is only known then: `{port}` for the port on
-    this machine, `{port1}` to `{port7}` for those above it, `{folder}` for a folder of the process.
+    In its texts stand for what is only known then: `{port}` for the port on this machine, `{port1}` to `{port7}` for those above it,
+    `{folder}` for a folder of the process; in a container that is `/tmp`.
     """
 
     url: str
@@ -61,7 +61,7 @@ class Recipe:
     """What a client says first, and `welcome`: what the answer of a broker that is ready has in it."""
     welcome: bytes
     ports: tuple[int, ...]
-    """The container's, published at `{port}` and those above it."""
+    """The container's, published at `{port}` and those above it. 0: the same, of a broker that tells its clients where it is."""
     image: str | None
     """The official one. None: a container only if the environment names an image."""
     program: str
@@ -256,11 +256,11 @@ class _Container:
         container = DockerContainer(image, env=_filled(recipe.variables, port))
         for index, inside in enumerate(recipe.ports):
             # Docker's own API takes an address too; on all of them, a broker with no password would be everybody's.
-            container.ports[f"{inside}/tcp"] = ("127.0.0.1", port + index)  # type: ignore[assignment]
+            container.ports[f"{inside or port + index}/tcp"] = ("127.0.0.1", port + index)  # type: ignore[assignment]
         for path, content in _filled(recipe.container_files, port).items():
             container.with_copy_into_container(content.encode(), path)
         if recipe.command is not None:
-            container.with_command(recipe.command)
+            container.with_command(_filled({"": recipe.command}, port)[""])
         try:
             container.start()
         except BaseException:
@@ -378,8 +378,8 @@ class Server:
         self.name = name
         self.url = url
         self.what = "of the environment" if machine is None else machine.what
+        self.port = port
         self._machine = machine
-        self._port = port
 
     def restart(self) -> None:
         """What a power cut does, as far as a process shows it; returns when the broker answers again."""
@@ -416,7 +416,7 @@ class Server:
         """Returns when it answers; `Unavailable`, with the end of its log, when it has ended, or does not in time."""
         machine, recipe = self._ours(), RECIPES[self.name]
         deadline = time.monotonic() + FOUND_BY
-        while not _answers(self._port, recipe.hello, recipe.welcome):
+        while not _answers(self.port, recipe.hello, recipe.welcome):
             ended = machine.ended()
             if ended or time.monotonic() > deadline:
                 raise Unavailable(f"{machine.what} {'ended' if ended else 'does not answer'}:\n{machine.log()}")
@@ -455,7 +455,7 @@ def _started(name: str) -> Server:
 
     def found(start: Callable[[], Machine]) -> Server | None:
         try:
-            started = Server(name, recipe.url.format(port=port), start(), port)
+            started = Server(name, _filled({"": recipe.url}, port)[""], start(), port)
             started.wait()
         except Exception as why:  # whatever the client of Docker raises; it is told below
             tried.append(f"{type(why).__name__}: {why}")
@@ -503,7 +503,7 @@ def lacks(name: str) -> str:
     return ""
 
 
-def _filled(templates: Mapping[str, str], port: int, folder: Path = Path()) -> dict[str, str]:
+def _filled(templates: Mapping[str, str], port: int, folder: Path = Path("/tmp")) -> dict[str, str]:
     above = {f"port{index}": port + index for index in range(1, PORTS)}
     return {name: value.format(port=port, folder=folder, **above) for name, value in templates.items()}
 

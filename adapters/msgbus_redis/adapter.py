@@ -51,7 +51,7 @@ class RedisAdapter(Adapter):
 
     @classmethod
     def from_url(cls, url: str, options: Mapping[str, str], settings: AdapterSettings) -> Self:
-        """Options: the settings that mean something here, `max_body`, `replicas`, and for TLS `tls` and redis-py's `ssl_…`."""
+        """Options: the settings that mean something here, `max_body`, `replicas`, for TLS `tls` and redis-py's `ssl_…`, `sentinel_…`."""
         place = Place.from_url(url)
         read = read_options(str(place), options, _OPTIONS)
         own = {name: read.pop(name) for name in ("max_body", "replicas") if name in read}
@@ -60,10 +60,14 @@ class RedisAdapter(Adapter):
             secure["ssl"] = True
         elif secure:
             raise ConfigurationError(f"options {', '.join(secure)} of {place}: they need rediss://, or tls=true with several hosts")
+        sentinel = {own: read.pop(name) for own, name in _SENTINEL.items() if name in read}
+        if sentinel and place.kind != "sentinel":
+            raise ConfigurationError(f"options sentinel_… of {place}: they need redis+sentinel://")
         settings = replace(settings, **read)
         if settings.lease < SHORTEST_LEASE:
             raise ConfigurationError(f"lease of {settings.lease:g} s at {place}: at least {SHORTEST_LEASE:g} s")
-        return cls(replace(place, options={**place.options, **secure}), settings, **own)
+        place = replace(place, options={**place.options, **secure}, sentinel={**place.sentinel, **sentinel})
+        return cls(place, settings, **own)
 
     def __repr__(self) -> str:
         return f"<RedisAdapter {self._place} {'closed' if self._sender is None else 'open'}>"
@@ -84,17 +88,18 @@ class RedisAdapter(Adapter):
         """Connects, and looks at what the server is: its version, and whether it keeps what it confirms."""
         if self._sender is not None:
             return
+        self._check_files()
         links = Links(self._place)
         try:
             (info,) = await links.run("{}", ("INFO",), what=f"Redis at {self._place}")
             self._facts = dict(re.findall(r"(?m)^(\w+):(.*?)\r?$", info.decode("utf-8", "replace")))
             self._check_server()
             if self._settings.durability == "fsync":
-                (answer,) = await links.call("{}", ("WAITAOF", 0, 0, 1))
+                (answer,) = await links.call("{}", ("WAITAOF", 1, 0, 1))
                 if isinstance(answer, Exception):
                     raise UnsupportedFeature("durability 'fsync'", f"Redis {self._version}", "Redis 7.2 or newer, with appendonly yes")
         except BaseException as error:
-            links.close()
+            await links.close()
             if isinstance(error, client.RedisError | OSError):
                 raise call_error(error, f"Redis at {self._place}") from error
             raise
@@ -103,6 +108,11 @@ class RedisAdapter(Adapter):
     @property
     def _version(self) -> str:
         return self._facts.get("valkey_version") or self._facts.get("redis_version", "?")
+
+    def _check_files(self) -> None:
+        for name, path in self._place.options.items():
+            if name in _FILES and not os.path.isfile(path):  # the client would not say which
+                raise ConfigurationError(f"option {name!r} of {self._place}: there is no file {path!r}")
 
     def _check_server(self) -> None:
         numbers = tuple(int(part) for part in re.findall(r"\d+", self._facts.get("redis_version", ""))[:2])
@@ -128,14 +138,14 @@ class RedisAdapter(Adapter):
         sender, self._sender = self._sender, None
         if sender is not None:
             await asyncio.gather(*(receiver.close() for receiver in list(self._receivers)))
-            sender.topology.links.close()
+            await sender.topology.links.close()
 
     def abandon(self) -> None:
         """What kill -9 of the process would do to its connections, for tests: nothing is flushed, acked or given back."""
         for receiver in list(self._receivers):
             receiver.abandon()
         if self._sender is not None:
-            self._sender.topology.links.close()
+            self._sender.topology.links.abort()
 
     async def ping(self) -> None:
         """One round trip, or `BrokerUnavailable`."""
@@ -272,6 +282,8 @@ class RedisAdapter(Adapter):
         return layout, *answer
 
 
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_SENTINEL = {"username": "sentinel_user", "password": "sentinel_password"}
 _OPTIONS: dict[str, Read] = {
     "dead_letter_retention": seconds,
     "durability": durability,
@@ -280,6 +292,8 @@ _OPTIONS: dict[str, Read] = {
     "max_body": positive,
     "replicas": positive,
     "require_durable": boolean,
+    "sentinel_password": str,
+    "sentinel_user": str,
     "shards": positive,
     "ssl_ca_certs": str,
     "ssl_certfile": str,

@@ -11,15 +11,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import hiredis
 from redis import exceptions as client
-from redis.asyncio import Connection, RedisCluster, SSLConnection
-from redis.asyncio.cluster import ClusterNode
+from redis.asyncio import Connection, SSLConnection
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
 from msgbus.contract.options import misshapen, read_reach
@@ -29,6 +28,8 @@ from msgbus_redis.scripts import SOURCES
 
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 5.0
+GOODBYE = 1.0
+"""Seconds that TLS may take to end a connection when the adapter is closed."""
 STALLED = 2.0
 """Seconds without any answer, though some are due, after which a call in vain ends its connection."""
 
@@ -50,6 +51,8 @@ class Place:
     addresses: tuple[Address, ...]
     service: str
     options: dict[str, Any] = field(repr=False)
+    sentinel: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    """Options that are others for a Sentinel."""
 
     @classmethod
     def from_url(cls, url: str) -> Place:
@@ -68,7 +71,8 @@ class Place:
         if kind != "cluster":
             options["db"] = database
         behind = "".join(f"/{part}" for part in (service, database) if part)
-        return cls(kind, f"{reach.scheme}://{reach.shown}{behind}", reach.hosts, service, options)
+        own = {"username": None, "password": None, "db": 0}
+        return cls(kind, f"{reach.scheme}://{reach.shown}{behind}", reach.hosts, service, options, own)
 
     def __str__(self) -> str:
         return self.shown
@@ -95,7 +99,7 @@ class Link:
                     raise reply
         except BaseException:
             self.abort()
-            await self._connection.disconnect(nowait=True)  # the reader would, but may not be there, or not have begun
+            await self._disconnect()  # the reader would, but may not be there, or not have begun
             raise
 
     @property
@@ -126,7 +130,7 @@ class Link:
         try:
             while True:
                 try:
-                    reply = cast(Any, await self._connection.read_response())  # Any: what the server says
+                    reply = cast(Any, await self._connection.read_response(disconnect_on_error=False))  # Any: what the server says
                 except client.ResponseError as error:
                     reply = error
                 self._heard = time.monotonic()
@@ -144,13 +148,22 @@ class Link:
                 if not answered.done():
                     answered.set_exception(problem)
                     answered.exception()  # who could not write does not await it, and asyncio would complain
-            await self._connection.disconnect(nowait=True)
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        with suppress(client.RedisError, OSError):  # TLS says goodbye, and waits for the other's
+            await self._connection.disconnect()
 
     def abort(self) -> None:
-        """Ends it at once."""
+        """Ends it at once; returns before it has said goodbye."""
         self._ended = True
         if self._reader is not None:
             self._reader.cancel()
+
+    async def gone(self) -> None:
+        """Returns when nothing of it is left."""
+        if self._reader is not None:
+            await asyncio.wait([self._reader])
 
 
 class Links:
@@ -213,14 +226,22 @@ class Links:
             raise BrokerUnavailable("the Redis adapter is not open")
         return link
 
-    def close(self) -> None:
+    def abort(self) -> None:
         """Ends all at once. Twice is once."""
         self._closed = True
         for link in self._all:
             link.abort()
 
-    def _connection(self, host: str, port: int) -> Connection:
-        options = dict(self.place.options)
+    async def close(self) -> None:
+        """Ends all, and returns when they are gone, or after a second."""
+        self.abort()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE):
+                for link in list(self._all):
+                    await link.gone()
+
+    def _connection(self, host: str, port: int, **own: Any) -> Connection:  # Any: redis-py's options have types of their own
+        options = {**self.place.options, **own}
         kind = SSLConnection if options.pop("ssl", False) else Connection
         return kind(
             host=host,
@@ -234,16 +255,39 @@ class Links:
         )
 
     async def _address(self, key: str) -> Address:
+        """Of the server that has a key, as the first says that answers: a Sentinel, or any node of a cluster."""
         place = self.place
-        if place.kind == "sentinel":
-            sentinel: Any = cast(Any, Sentinel)(list(place.addresses), socket_timeout=CONNECT_TIMEOUT)  # redis-py says no types here
+        if place.kind.startswith("redis"):
+            return place.addresses[0]
+        problem: Exception | None = None
+        for host, port in place.addresses:
             try:
-                return cast(Address, await sentinel.discover_master(place.service))
-            finally:
-                for one in sentinel.sentinels:
-                    await one.aclose()
-        if place.kind == "cluster":
-            async with RedisCluster(startup_nodes=[ClusterNode(*address) for address in place.addresses], **place.options) as cluster:
-                node = cast(ClusterNode, cluster.get_node_from_key(key))  # None only of replicas; a slot of nobody raises
-                return str(node.host), int(node.port)
-        return place.addresses[0]
+                async with asyncio.timeout(CONNECT_TIMEOUT / (len(place.addresses) + 1)):  # who is silent leaves time for the others
+                    if place.kind == "cluster":
+                        return await self._node(host, port, key)
+                    if found := await self._ask(host, port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", place.service, **place.sentinel):
+                        return found[0].decode(), int(found[1])
+                problem = client.ResponseError(f"the Sentinel at {host}:{port} knows no service {place.service!r}")
+            except (client.RedisError, OSError) as error:
+                problem = error
+        raise problem or AssertionError("a URL has an address")
+
+    async def _node(self, host: str, port: int, key: str) -> Address:
+        try:
+            await self._ask(host, port, "EXISTS", key)
+        except client.MovedError as moved:
+            there: Address = cast(Any, moved).node_addr  # redis-py says no types here
+            return there[0] or host, there[1]
+        except (client.AskError, client.NoPermissionError):  # it is about to go, or not for us
+            pass
+        return host, port
+
+    async def _ask(self, host: str, port: int, *question: str, **own: Any) -> Any:  # Any: what the server says
+        connection = self._connection(host, port, **own)
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here
+            await connection.send_command(*question)
+            return cast(Any, await connection.read_response())
+        finally:
+            with suppress(client.RedisError, OSError):
+                await connection.disconnect()

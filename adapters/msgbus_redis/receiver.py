@@ -292,7 +292,9 @@ class RedisReceiver(Receiver):
         """Until something comes. It goes on while other things are done: what is new to it then was new before, or it ends at once."""
         command = ("XREAD", "COUNT", 1, "BLOCK", int(SLEEP * 1000), "STREAMS", *last, *last.values())
         try:
-            await self._sleeper.call([command], SLEEP + CALL_TIMEOUT)
+            (reply,) = await self._sleeper.call([command], SLEEP + CALL_TIMEOUT)
+            if isinstance(reply, client.RedisError):  # the streams may be at another server by now: it would say so at once, for ever
+                raise reply
         except CLIENT_ERRORS as error:
             self._fail(error)
         self._work.set()

@@ -87,12 +87,12 @@ async def adapter_at(url: str) -> AsyncIterator[RedisAdapter]:
 
 
 async def refused(url: str, kind: type[Exception], *named: str) -> None:
-    """Nobody gets in, and the error says why."""
+    """Nobody gets in, and the error says why, in words that these patterns find."""
     with pytest.raises(kind) as caught:
         async with adapter_at(url):
             pass
-    for text in named:
-        assert text in str(caught.value)
+    for pattern in named:
+        assert re.search(pattern, str(caught.value)), caught.value
     for secret in (PASSWORD, quote(PASSWORD, safe=""), SENTINELS_PASSWORD):
         assert secret not in str(caught.value)
 
@@ -249,9 +249,13 @@ async def test_a_wrong_password(running: Server, admin: Redis) -> None:
     await refused(url_of(running.url, "orders"), AuthenticationFailed)
 
 
+UNNAMED = "can't run this command"
+"""Redis 7.0 names what a script may not do in its ACL LOG alone."""
+
+
 @pytest.mark.parametrize(
     ("right", "named"),
-    [("+xadd", "xadd"), ("+sadd", "sadd"), ("+evalsha", "evalsha"), ("~{*", "key")],
+    [("+xadd", f"xadd|{UNNAMED}"), ("+sadd", f"sadd|{UNNAMED}"), ("+evalsha", "evalsha"), ("~{*", "key")],
 )
 async def test_a_right_that_is_missing(right: str, named: str, running: Server, admin: Redis) -> None:
     """Who may not publish hears so at once, by the right that is missing; nothing is stored."""
@@ -263,7 +267,7 @@ async def test_a_right_that_is_missing(right: str, named: str, running: Server, 
         let_in(admin, *(rule for rule in rules if rule != right))
         (outcome,) = await adapter.send([Envelope(new_id(), topic, b"{}", {})], timeout=5)
         assert isinstance(outcome, PublishRejected)
-        assert named in str(outcome), outcome
+        assert re.search(named, str(outcome)), outcome
         assert admin.xlen(f"{{{topic}}}") == 0
 
 
@@ -275,7 +279,8 @@ async def test_a_right_that_is_taken_away_from_a_consumer(running: Server, admin
         asked(admin, "ACL", "SETUSER", "orders", "-xclaim", "-xreadgroup")
         publisher = await stage.publisher()
         await publisher.publish_many(KEYED, [Order(id=f"{n}", n=n) for n in range(16)])
-        await eventually(lambda: any("xreadgroup" in problem for problem in worker.bus.health().problems), 10, "health to name the right")
+        named = re.compile(f"xreadgroup|xclaim|{UNNAMED}")
+        await eventually(lambda: any(map(named.search, worker.bus.health().problems)), 10, "health to name the right")
         asked(admin, "ACL", "SETUSER", "orders", "+xclaim", "+xreadgroup")
         assert sorted(order.n for order in await seen.wait_for(16)) == [*range(16)]
 
@@ -442,7 +447,7 @@ async def test_sentinels_say_why_not(sentinel: Watched) -> None:
     await publish_and_handle(sentinel.url(), ORDERS)
     await refused(sentinel.url().replace("/main/", "/other/"), BrokerUnavailable, "knows no service 'other'")
     await refused(sentinel.url(sentinel_password="another"), AuthenticationFailed, "invalid username-password pair")
-    await refused(url_of(sentinel.server.url, sentinel_password=SENTINELS_PASSWORD), BrokerUnavailable, "Connection closed by server")
+    await refused(url_of(sentinel.server.url, sentinel_password=SENTINELS_PASSWORD), BrokerUnavailable, "Connection (closed|reset)")
     await refused("redis://127.0.0.1:1/0?sentinel_password=x", ConfigurationError, "sentinel_")
 
 
@@ -473,7 +478,8 @@ class Nodes:
     def well(self) -> bool:
         """All of them see all of them."""
         try:
-            return all(asked(node, "CLUSTER INFO")["cluster_state"] == "ok" for node in self.each)
+            told = [asked(node, "CLUSTER INFO") for node in self.each]
+            return all((each["cluster_state"], each["cluster_size"]) == ("ok", "3") for each in told)
         except client.RedisError:
             return False
 
@@ -550,15 +556,16 @@ async def test_a_slot_moves_while_messages_flow(cluster: Nodes) -> None:
         base = f"{{{stage.name('keyed')}}}"
         flow = await Flow.begin(stage)
         await flow.goes_on(50, "at first")
-        for to in (1, 2):
+        for to, slowly in ((1, True), (2, False), (0, False)):
             source, slot = await asyncio.to_thread(cluster.begin_to_move, base, to)
-            await eventually(lambda: "waiting for broker" in flow.states(), 15, "a subscription to notice")
+            if slowly:
+                await eventually(lambda: "waiting for broker" in flow.states(), 15, "a subscription to notice")
             await asyncio.to_thread(cluster.end_move, source, slot, to)
             await flow.goes_on(100, f"at node {to}")
         await eventually(lambda: flow.states() == {"running"}, 15, "both subscriptions to run")
         before = cluster.told()
         await flow.goes_on(200, "as if nothing had been")
-        assert cluster.told() - before <= 2
+        assert cluster.told() == before
         await flow.end()
 
 

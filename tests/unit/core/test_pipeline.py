@@ -17,7 +17,7 @@ from msgbus.contract.adapter import Adapter, AdapterSettings, Capability, Limits
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerError, BrokerUnavailable, PublishRejected, PublishUnknown
 from msgbus.outbound import pipeline as module
-from msgbus.outbound.pipeline import MANY, MAX_BATCH, Pipeline
+from msgbus.outbound.pipeline import EACH, FEW, MANY, MAX_BATCH, Pipeline
 from msgbus.testing.stage import eventually
 
 Answer = Callable[[Sequence[Envelope]], Awaitable[list[SendOutcome]]]
@@ -97,6 +97,16 @@ def when(gate: asyncio.Event, then: Answer = confirmed) -> Answer:
     return answer
 
 
+def after(seconds: float) -> Answer:
+    """Confirms after this time."""
+
+    async def answer(envelopes: Sequence[Envelope]) -> list[SendOutcome]:
+        await asyncio.sleep(seconds)
+        return await confirmed(envelopes)
+
+    return answer
+
+
 def each(*outcomes: SendOutcome) -> Answer:
     """One outcome an envelope."""
 
@@ -172,7 +182,7 @@ async def test_a_batch_has_a_limit() -> None:
     assert [sent.id for sent in adapter.stored] == [str(number) for number in range(1 + total)]
 
 
-async def test_many_without_keys_go_while_one_batch_is_on_the_way() -> None:
+async def test_many_without_keys_go_while_one_batch_is_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that broker and publishers work side by side: a half of them goes, the other half is behind it. But no third batch, and no second
     one once the topic has had a key: then all go together."""
     first, second = asyncio.Event(), asyncio.Event()
@@ -191,12 +201,45 @@ async def test_many_without_keys_go_while_one_batch_is_on_the_way() -> None:
     assert len(adapter.sends) == 3
     behind = [str(number) for number in range(1 + half, 1 + 3 * MANY)]
     assert adapter.sends[2] == [*behind, *(f"later-{number}" for number in range(MANY)), "keyed"]
+    monkeypatch.setattr("msgbus.outbound.pipeline.EACH", 1e9)
+    await publish(pipeline, envelope("quick"))
     gate = asyncio.Event()
     adapter.answers = [when(gate)]
     async with several(*(publish(pipeline, envelope(f"last-{number}")) for number in range(1 + MANY))):
-        assert adapter.sends[3:] == [["last-0"]]
+        assert adapter.sends[4:] == [["last-0"]]
         gate.set()
     assert adapter.most_at_once == 2
+
+
+async def test_a_few_go_beside_each_other_where_a_confirm_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more for each half millisecond that the last one took, and at most `FEW`; never two of one key. Where a confirm is there at once
+    the next batch is the faster way: then who comes meanwhile joins it."""
+    gate = asyncio.Event()
+    adapter = Scripted(after(2.5 * EACH), when(gate))
+    pipeline = Pipeline(adapter, (), 5)
+    await publish(pipeline, envelope("slow"))
+    async with several(*(publish(pipeline, envelope(str(number), f"k{number // 2}")) for number in range(6))):
+        assert adapter.sends == [["slow"], ["0"]]
+        gate.set()
+    assert adapter.sends[2:] == [["1", "2", "3", "4", "5"]]
+    adapter.answers = [after(2.5 * EACH)]
+    await publish(pipeline, envelope("slow again"))
+    gate, before = asyncio.Event(), len(adapter.sends)
+    adapter.answers = [when(gate)] * FEW
+    async with several(*(publish(pipeline, envelope(str(number), f"k{number}")) for number in range(FEW + 5))):
+        alone = [len(send) for send in adapter.sends[before:]]
+        gate.set()
+    assert alone == [1] * len(alone)
+    assert 3 <= len(alone) <= FEW
+    assert adapter.most_at_once == len(alone)
+    monkeypatch.setattr("msgbus.outbound.pipeline.EACH", 1e9)
+    await publish(pipeline, envelope("quick"))
+    gate, before = asyncio.Event(), len(adapter.sends)
+    adapter.answers = [when(gate)]
+    async with several(*(publish(pipeline, envelope(str(number))) for number in range(3))):
+        assert adapter.sends[before:] == [["0"]]
+        gate.set()
+    assert adapter.sends[before + 1 :] == [["1", "2"]]
 
 
 async def test_callers_without_keys_stay_in_two_halves() -> None:
@@ -378,10 +421,13 @@ outcome_words = st.sampled_from(["ok", "away", "away", "rejected", "unknown", "r
     publishes=st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.integers(0, 3)), min_size=1, max_size=25),
     words=st.lists(st.lists(outcome_words, min_size=1, max_size=4), max_size=12),
     many=st.booleans(),
+    slow=st.booleans(),
 )
-def test_a_keys_messages_never_overtake_each_other(publishes: list[tuple[str | None, int]], words: list[list[str]], many: bool) -> None:
-    """Whatever the broker answers, by one message and batches or `publish_many`: a key's messages are stored in the order given, each at
-    most once, and whoever was told that it is stored is stored."""
+def test_a_keys_messages_never_overtake_each_other(
+    publishes: list[tuple[str | None, int]], words: list[list[str]], many: bool, slow: bool
+) -> None:
+    """Whatever the broker answers, and however slow it is, by one message and batches or `publish_many`: a key's messages are stored in the
+    order given, each at most once, and whoever was told that it is stored is stored."""
 
     def answer(script: list[str]) -> Answer:
         async def answers(envelopes: Sequence[Envelope]) -> list[SendOutcome]:
@@ -423,6 +469,7 @@ def test_a_keys_messages_never_overtake_each_other(publishes: list[tuple[str | N
 
     with pytest.MonkeyPatch.context() as patch:  # the pauses between tries, a thousandth as long
         patch.setattr("msgbus.outbound.pipeline.random.uniform", lambda *_: 0.001)
+        patch.setattr("msgbus.outbound.pipeline.EACH", 1e-9 if slow else 1e9)
         asyncio.run(scenario())
 
 

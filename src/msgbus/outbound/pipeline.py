@@ -27,7 +27,7 @@ MAX_BATCH = 500
 """Messages in one `Adapter.send`."""
 FEW = 16
 """Messages that are on the way to a topic alone, at most, each in a send of its own."""
-EACH = 0.0005
+EACH = 0.001
 """Seconds that a confirm takes, for each of them beyond the first. A send of its own costs about a tenth of a millisecond, a message of a
 batch a fifth of that: where the confirm is there at once, the next batch is the faster way."""
 MANY = 64

@@ -212,7 +212,7 @@ async def test_many_without_keys_go_while_one_batch_is_on_the_way(monkeypatch: p
 
 
 async def test_a_few_go_beside_each_other_where_a_confirm_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more for each half millisecond that the last one took, and at most `FEW`; never two of one key. Where a confirm is there at once
+    """One more for each millisecond that the last one took, and at most `FEW`; never two of one key. Where a confirm is there at once
     the next batch is the faster way: then who comes meanwhile joins it."""
     gate = asyncio.Event()
     adapter = Scripted(after(2.5 * EACH), when(gate))

@@ -73,6 +73,8 @@ class Cluster:
         self.nodes: list[int] = []
         self.default_replication = 1
         self.max_bytes = 1048588
+        self.sessions = 0.0, 0.0
+        """How short and how long a member's `session_timeout` may be, in seconds, as far as the brokers say."""
 
     async def open(self, shown: str) -> None:
         """Connects, and reads what the brokers' configuration says."""
@@ -91,6 +93,8 @@ class Cluster:
         (configs,) = (await self._configs(request, range(9), node, (NOT_OURS_TO_SEE,))).values()
         self.max_bytes = int(configs.get("message.max.bytes", self.max_bytes))
         self.default_replication = int(configs.get("default.replication.factor", -1))  # the brokers know it
+        least, most = configs.get("group.min.session.timeout.ms"), configs.get("group.max.session.timeout.ms")
+        self.sessions = int(least or 0) / 1000, int(most or 2**31 - 1) / 1000
 
     async def _refusal(self) -> Exception | None:
         """Why the first of the brokers does not let us in: the client tells that to its log alone."""
@@ -202,7 +206,7 @@ class Cluster:
         topics: dict[str, list[tuple[int, bytes]]] = defaultdict(list)
         for place, batch in batches.items():
             topics[place.topic].append((place.partition, batch))
-        patience = max(1, int((deadline - asyncio.get_running_loop().time()) * 1000))
+        patience = min(max(1, int((deadline - asyncio.get_running_loop().time()) * 1000)), 2**31 - 1)
         problem: Exception = BrokerUnavailable(f"no connection to Kafka node {node}")
         written = False
         try:

@@ -18,7 +18,7 @@ from tests.brokers import Server
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import Envelope, new_id
-from msgbus.errors import BrokerUnavailable, PublishRejected, PublishUnknown, TopologyMismatch
+from msgbus.errors import BrokerUnavailable, ConfigurationError, PublishRejected, PublishUnknown, TopologyMismatch
 from msgbus_kafka import KafkaAdapter
 from msgbus_kafka.cluster import Cluster, NewTopic
 from msgbus_kafka.url import read_url
@@ -335,3 +335,19 @@ async def test_many_topics_are_made_a_few_at_a_time(url: str, monkeypatch: pytes
         await adapter.declare(specs, [], create=False)
     assert sum(made) == 50  # a topic, and one for what is delayed
     assert max(made) <= 20
+
+
+@pytest.mark.parametrize("session", [5.0, 7200.0])
+async def test_a_session_that_the_brokers_do_not_allow_is_named(url: str, session: float) -> None:
+    """At the start, by the setting's name and with what they allow: else it would be the end of every subscription, later."""
+    with pytest.raises(ConfigurationError, match=rf"session_timeout of {session:g} s .* 6 to 1800 s"):
+        async with opened(url, session_timeout=session):
+            pass
+
+
+async def test_time_without_end(url: str) -> None:
+    """Who waits for years for a confirm gets it."""
+    topic = fresh()
+    async with opened(url) as adapter:
+        await adapter.declare([TopicSpec(topic)], [])
+        assert await adapter.send([envelope(topic)], timeout=300 * 86400.0) == [None]

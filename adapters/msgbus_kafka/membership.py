@@ -8,6 +8,7 @@ on aiokafka's they would wait behind its request to join, which is answered when
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -254,7 +255,14 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             if partition is None:
                 continue
             if order == PURGE:
-                partition.purged = max(partition.purged, offset)
+                gone = range(partition.upto, offset)  # read or not, it was not handed out
+                partition.ready = deque(received for received in partition.ready if received.token[1] not in gone)
+                for one in [one for one in partition.unsettled if one in gone]:
+                    del partition.unsettled[one]
+                if partition.position < offset:
+                    partition.position = offset
+                    self._consumer.seek(place, offset)
+                    self._dirty.set()
             elif order != partition.replayed:  # what is handed out of the partition comes again too
                 self._lose([partition])
                 self._partitions[place] = Partition(place, offset, partition.own, replayed=order, upto=offset)

@@ -96,8 +96,6 @@ class Partition:
     replayed: str = ""
     upto: int = 0
     """Before it everything was handed out."""
-    purged: int = 0
-    """What was not handed out before it is discarded."""
     committed: tuple[int, str] | None = None
     tenure: Tenure = field(default_factory=Tenure)
     """While it is draining, another waits for us."""

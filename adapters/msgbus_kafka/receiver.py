@@ -242,9 +242,6 @@ class KafkaReceiver(Receiver):
                 offset: int = received.token[1]
                 if offset not in partition.unsettled:
                     continue
-                if partition.upto <= offset < partition.purged:
-                    del partition.unsettled[offset]
-                    continue
                 held.add(offset)
                 if offset >= partition.upto:
                     partition.upto = offset + 1

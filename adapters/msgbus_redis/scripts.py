@@ -251,8 +251,11 @@ for i, key in ipairs(KEYS) do
   local group = group_of(key, name)
   if not group then return {} end
   local last = group['last-delivered-id']
-  if verb == 'replay' then last = string.format('%.0f-18446744073709551615', math.max(0, ARGV[3] - 1)) end
   local count, till = tonumber(group.lag), last
+  if verb == 'replay' then
+    till = string.format('%.0f-9007199254740991', math.max(0, ARGV[3] - 1))  -- of a moment nobody has so many, and Lua counts no further
+    if tonumber(string.match(last, '%d+')) >= tonumber(ARGV[3]) then last = till end  -- else it waits from before that on
+  end
   if verb ~= 'look' or not count then  -- 6.2 does not say, and later ones do not always know
     count = 0
     repeat

@@ -71,8 +71,8 @@ class KafkaAdapter(Adapter):
             least, most = cluster.sessions
             if not least <= self._settings.session_timeout <= most:
                 raise ConfigurationError(
-                    f"session_timeout of {self._settings.session_timeout:g} s at {self._place.shown}: the brokers allow {least:g} to {most:g} s "
-                    "(group.min.session.timeout.ms, group.max.session.timeout.ms)"
+                    f"session_timeout of {self._settings.session_timeout:g} s at {self._place.shown}: "
+                    f"the brokers allow {least:g} to {most:g} s (group.min.session.timeout.ms, group.max.session.timeout.ms)"
                 )
             if self._settings.durability == "replicated" and len(cluster.nodes) < 2:
                 raise UnsupportedFeature("durability 'replicated'", "a Kafka cluster of one broker", "a cluster of three brokers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -18,6 +19,7 @@ from msgbus.contract.adapter import (
     HasGroups,
     Purgeable,
     ReceiverSpec,
+    Replayable,
     TopicSpec,
 )
 from msgbus.contract.address import DEAD_GROUP, dead_topic
@@ -85,6 +87,70 @@ async def purge(stage: Stage) -> None:
     assert (await take(receiver, 1))[0].envelope.id == later.id, "what was purged does not come, what is sent later does"
     all_of_it = await take(await stage.receiver(adapter, others), 6)
     assert {received.envelope.id for received in all_of_it} == {envelope.id for envelope in [*sent, later]}
+
+
+@conformance(seconds=60)
+async def purge_while_at_work(stage: Stage) -> None:
+    """C2: a purge of a group at work frees it at once, however much waited: what is sent after it does not queue behind what is gone."""
+    operator = await stage.open_adapter()
+    if not isinstance(operator, Purgeable):
+        pytest.skip("the adapter lacks the optional protocol Purgeable")
+    bus = stage.bus()
+    begun: Seen[int] = Seen()
+    may_end = asyncio.Event()
+
+    @bus.subscribe(ORDERS, concurrency=2)
+    async def handle(order: Order) -> None:
+        await begun.add(order.n)
+        await may_end.wait()
+
+    await stage.start(bus)
+    assert await bus.publish_many(ORDERS, [Order(n=n) for n in range(2000)]) == 2000
+    await begun.wait_for(2)
+    assert await operator.purge(stage.name("orders"), "suite") >= 1800
+    may_end.set()
+    assert await bus.publish_many(ORDERS, [Order(n=n) for n in range(2000, 2020)]) == 20
+    await eventually(lambda: {*range(2000, 2020)} <= {*begun.items}, 10, "what was sent after the purge")
+    assert len(begun.items) <= 120, "all but what was handed out is gone"
+
+
+@conformance(needs=Capability.RETAIN | Capability.SHARDS, seconds=60)
+async def replay_while_at_work(stage: Stage) -> None:
+    """C4: a group at work gets a topic's history again, once, each key in order, and then what came meanwhile; no link is lost by it."""
+    operator = await stage.open_adapter()
+    if not isinstance(operator, Replayable):
+        pytest.skip("the adapter lacks the optional protocol Replayable")
+    kept = Topic("kept", Order, key="id", retain=timedelta(hours=1), shards=3)
+    worker, seen = await stage.collect(kept, concurrency=4)
+    orders = [Order(n=n, id=f"k{n % 5}") for n in range(150)]
+    await worker.bus.publish_many(kept, orders[:100])
+    await seen.wait_for(100)
+    await asyncio.sleep(0.5)  # acks may take their time; an operator takes more
+    assert await operator.replay(stage.name("kept"), "suite", 0.0) == 100
+    await worker.bus.publish_many(kept, orders[100:])
+    await seen.wait_for(250, 20)
+    for key in {order.id for order in orders}:
+        again = [order.n for order in seen.items[100:] if order.id == key]
+        assert again == [order.n for order in orders if order.id == key]
+    assert worker.bus.health().subscriptions[0].last_error is None
+
+
+@conformance(needs=Capability.RETAIN)
+async def replay_passes_nothing_over(stage: Stage) -> None:
+    """C2: what waits and is older than where a replay begins, though that be in the future, is delivered as it would have been."""
+    operator = await stage.open_adapter()
+    if not isinstance(operator, Replayable):
+        pytest.skip("the adapter lacks the optional protocol Replayable")
+    topic, spec = stage.name("orders"), stage.receiver_spec(window=10)
+    await operator.declare([replace(stage.topic_spec(), retain=3600.0)], [spec])
+    with pytest.raises(NotFound):
+        await operator.replay(topic, "nobody", 0.0)
+    sent = [stage.envelope() for _ in range(4)]
+    assert await operator.send(sent[:2], timeout=patient(5)) == [None] * 2
+    assert await operator.replay(topic, "workers", time.time() + 60) == 0
+    assert await operator.send(sent[2:], timeout=patient(5)) == [None] * 2
+    taken = await take(await stage.receiver(operator, spec), 4)
+    assert {received.envelope.id for received in taken} == {envelope.id for envelope in sent}
 
 
 @conformance()

@@ -45,7 +45,8 @@ RETRYING = """
 """
 LIFECYCLE = """
     graceful_drain_finishes_inflight drain_gives_back_what_was_not_started lost_tenure_is_not_started drain_timeout_cancels_unacked
-    stop_is_idempotent start_stop_100_times_no_leak depth_and_lag purge health_reports_down_and_recovers topology_mismatch_fails_start
+    stop_is_idempotent start_stop_100_times_no_leak depth_and_lag purge purge_while_at_work replay_while_at_work
+    replay_passes_nothing_over health_reports_down_and_recovers topology_mismatch_fails_start
     unsupported_feature_fails_at_declare broadcast_each_instance namespace_prefixes_every_name
     topology_check_declares_nothing_and_names_what_is_missing dropped_group_frees_what_it_held
 """

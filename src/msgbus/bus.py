@@ -205,7 +205,8 @@ class Bus(Router, Publishes):
         """Ends `run()`. From any thread, a handler or a signal handler; twice is once; nothing happens when it does not run."""
         stopping, loop = self._stopping, self._loop
         if stopping is not None and loop is not None:
-            loop.call_soon_threadsafe(stopping.set)
+            with suppress(RuntimeError):  # the loop was closed: nothing runs there any more
+                loop.call_soon_threadsafe(stopping.set)
 
     def health(self) -> Health:
         """How the bus and its broker are, from what is known just now: no I/O."""

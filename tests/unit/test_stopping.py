@@ -152,3 +152,17 @@ async def test_a_bus_is_entered_by_one_at_a_time() -> None:
     await bus.publish(orders, Order())
     await bus.__aexit__(None, None, None)
     assert asyncio.all_tasks() == before
+
+
+def test_stop_after_its_event_loop_was_closed() -> None:
+    """Nothing runs any more, so nothing happens: who stops it from a thread or at exit need not know."""
+    bus = Bus("memory://", service="shop")
+    loop = asyncio.new_event_loop()
+    running = bus.running()
+    loop.run_until_complete(running.__aenter__())
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    loop.run_until_complete(asyncio.wait(left))
+    loop.close()
+    bus.stop()

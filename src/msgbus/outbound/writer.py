@@ -192,7 +192,7 @@ class Writer(Generic[M]):
         if seconds > 0 and (not self._can_delay or (self._max_delay is not None and seconds > self._max_delay)):
             longest = f"at most {timedelta(seconds=math.floor(self._max_delay or 0))}" if self._can_delay else "none"
             raise UnsupportedFeature(
-                f"a delay of {timedelta(seconds=seconds)} on topic {self.topic.name!r}",
+                f"a delay of {delay if delay is not None else timedelta(seconds=seconds)} on topic {self.topic.name!r}",
                 f"{self._adapter_name} ({longest})",
                 "a shorter delay",
             )

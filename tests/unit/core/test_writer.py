@@ -194,6 +194,8 @@ def test_the_limits_are_the_brokers_less_the_room_for_a_record() -> None:
     one.write(b"x", {"delay": timedelta(seconds=60)})
     with pytest.raises(UnsupportedFeature, match=r"0:01:00\.100000 .*memory \(at most 0:01:00\).*a shorter delay"):
         one.write(b"x", {"delay": timedelta(seconds=60.1)})
+    with pytest.raises(UnsupportedFeature, match=r"999999999 days, .*memory \(at most 0:01:00\)"):
+        one.write(b"x", {"delay": timedelta.max})
     without = writer(topic, capabilities=Capability.NONE)
     without.write(b"x", {"delay": timedelta(0)})
     with pytest.raises(UnsupportedFeature, match=r"memory \(none\)"):

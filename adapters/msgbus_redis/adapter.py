@@ -39,7 +39,8 @@ class RedisAdapter(Adapter):
     name: ClassVar[str] = "redis"
 
     def __init__(self, place: Place, settings: AdapterSettings, *, max_body: int = MAX_BODY, replicas: int = 1) -> None:
-        self._place = place
+        self.place = place
+        """Where it is, and how one gets in."""
         self._settings = settings
         self._max_body = max_body
         self._replicas = replicas
@@ -70,7 +71,7 @@ class RedisAdapter(Adapter):
         return cls(place, settings, **own)
 
     def __repr__(self) -> str:
-        return f"<RedisAdapter {self._place} {'closed' if self._sender is None else 'open'}>"
+        return f"<RedisAdapter {self.place} {'closed' if self._sender is None else 'open'}>"
 
     @property
     def capabilities(self) -> Capability:
@@ -89,9 +90,9 @@ class RedisAdapter(Adapter):
         if self._sender is not None:
             return
         self._check_files()
-        links = Links(self._place)
+        links = Links(self.place)
         try:
-            (info,) = await links.run("{}", ("INFO",), what=f"Redis at {self._place}")
+            (info,) = await links.run("{}", ("INFO",), what=f"Redis at {self.place}")
             self._facts = dict(re.findall(r"(?m)^(\w+):(.*?)\r?$", info.decode("utf-8", "replace")))
             self._check_server()
             if self._settings.durability == "fsync":
@@ -101,7 +102,7 @@ class RedisAdapter(Adapter):
         except BaseException as error:
             await links.close()
             if isinstance(error, client.RedisError | OSError):
-                raise call_error(error, f"Redis at {self._place}") from error
+                raise call_error(error, f"Redis at {self.place}") from error
             raise
         self._sender = Sender(Topology(links, self._settings), self._max_body, self._replicas)
 
@@ -110,17 +111,17 @@ class RedisAdapter(Adapter):
         return self._facts.get("valkey_version") or self._facts.get("redis_version", "?")
 
     def _check_files(self) -> None:
-        for name, path in self._place.options.items():
+        for name, path in self.place.options.items():
             if name in _FILES and not os.path.isfile(path):  # the client would not say which
-                raise ConfigurationError(f"option {name!r} of {self._place}: there is no file {path!r}")
+                raise ConfigurationError(f"option {name!r} of {self.place}: there is no file {path!r}")
 
     def _check_server(self) -> None:
         numbers = tuple(int(part) for part in re.findall(r"\d+", self._facts.get("redis_version", ""))[:2])
         if numbers and numbers < OLDEST:
-            raise ConfigurationError(f"Redis {self._version} at {self._place}: msgbus needs 6.2 or newer")
+            raise ConfigurationError(f"Redis {self._version} at {self.place}: msgbus needs 6.2 or newer")
         risks = self._risks()
         if self._settings.require_durable and risks:
-            raise ConfigurationError(f"require_durable: Redis at {self._place} may lose what it confirmed: {'; '.join(risks)}")
+            raise ConfigurationError(f"require_durable: Redis at {self.place} may lose what it confirmed: {'; '.join(risks)}")
 
     def _risks(self) -> list[str]:
         risks: list[str] = []
@@ -149,7 +150,7 @@ class RedisAdapter(Adapter):
 
     async def ping(self) -> None:
         """One round trip, or `BrokerUnavailable`."""
-        await self._run("{}", ("PING",), what=f"Redis at {self._place}")
+        await self._run("{}", ("PING",), what=f"Redis at {self.place}")
 
     @property
     def _topology(self) -> Topology:
@@ -179,7 +180,7 @@ class RedisAdapter(Adapter):
 
     async def export(self, topics: Sequence[TopicSpec], receivers: Sequence[ReceiverSpec]) -> str:
         """A shell script for redis-cli that runs what `declare` runs."""
-        topology = Topology(Links(self._place), self._settings) if self._sender is None else self._topology
+        topology = Topology(Links(self.place), self._settings) if self._sender is None else self._topology
         return shell(await topology.export(topics, receivers, empty=self._sender is None))
 
     async def shards(self, topic: str) -> int | None:
@@ -224,7 +225,7 @@ class RedisAdapter(Adapter):
         fsync = {"broker": "when the server has them in memory", "fsync": "when they are in its append-only file"}
         when = fsync.get(self._settings.durability, f"when {self._replicas} replicas have them")
         return {
-            "broker": f"{kind} {self._version} at {self._place}",
+            "broker": f"{kind} {self._version} at {self.place}",
             "durability": f"messages are confirmed {when}; {'; '.join(self._risks()) or 'it keeps an append-only file'}",
             "lease": f"what a dead process held comes to another after {self._settings.lease:g} s",
             "duplicates": f"a second send of an id is recognised for {SEEN_FOR:g} s",

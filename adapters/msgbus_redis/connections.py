@@ -20,6 +20,7 @@ from redis import exceptions as client
 from redis.asyncio import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 
 from msgbus.contract.options import misshapen, read_reach
 from msgbus.errors import BrokerUnavailable
@@ -173,27 +174,35 @@ class Links:
         self.place = place
         self._closed = False
         self._connecting = asyncio.Lock()
-        self._shared: dict[tuple[str, str], Link] = {}
+        self._nodes: dict[int, Address] = {}
+        """Where a slot was found; of what is no cluster, slot 0."""
+        self._shared: dict[tuple[Address | None, str], Link] = {}
         self._all: weakref.WeakSet[Link] = weakref.WeakSet()
 
-    async def call(self, key: str, *commands: Command, timeout: float = CALL_TIMEOUT, lane: str = "") -> list[Any]:
+    async def call(self, key: str | bytes, *commands: Command, timeout: float = CALL_TIMEOUT, lane: str = "") -> list[Any]:
         """The answers of the server that has a key. What waits long at the server has a `lane` of its own: others wait behind it.
 
         `BrokerError`: nothing was written. Else the client's error, or `TimeoutError`.
         """
         deadline = time.monotonic() + timeout
-        where = key.partition("}")[0] if self.place.kind == "cluster" else "", lane
+        slot = self._slot(key)
+        where = self._nodes.get(slot), lane
         link = self._shared.get(where)
         if link is None or not link.alive:
             try:
                 async with asyncio.timeout(timeout), self._connecting:
+                    where = self._nodes.get(slot), lane
                     link = self._shared.get(where)
                     if link is None or not link.alive:
-                        link = self._shared[where] = await self.link(key)
+                        link = await self.link(key, lane)
+                        where = self._nodes.get(slot), lane
             except TimeoutError:
                 raise BrokerUnavailable(f"no connection to Redis at {self.place} within {timeout:.3g} s") from None
         replies = await link.call(commands, max(0.001, deadline - time.monotonic()))
-        if any(isinstance(reply, MOVED) for reply in replies) and self._shared.get(where) is link:
+        elsewhere = [reply for reply in replies if isinstance(reply, MOVED)]
+        if elsewhere:
+            self._nodes.pop(slot, None)
+        if self._shared.get(where) is link and not all(isinstance(reply, client.MovedError) for reply in elsewhere):
             del self._shared[where]  # what is on the way on it may have its answers
             asyncio.get_running_loop().call_later(CALL_TIMEOUT, link.abort)
         return replies
@@ -209,13 +218,16 @@ class Links:
             raise call_error(error, what) from error
         return replies
 
-    async def link(self, key: str) -> Link:
-        """A new connection to the server that has a key. `BrokerUnavailable`, `AuthenticationFailed`."""
+    async def link(self, key: str | bytes, lane: str | None = None) -> Link:
+        """A connection to the server that has a key: a new one, or the one of a lane. `BrokerUnavailable`, `AuthenticationFailed`."""
         where = f"{self.place}"
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                host, port = await self._address(key)
+                host, port = address = self._nodes[self._slot(key)] = await self._address(key)
                 where += f" ({host}:{port})"
+                shared = None if lane is None else self._shared.get((address, lane))
+                if shared is not None and shared.alive:
+                    return shared
                 link = Link(self._connection(host, port))
                 self._all.add(link)
                 await link.open()
@@ -224,6 +236,8 @@ class Links:
         if self._closed:  # it took a while
             link.abort()
             raise BrokerUnavailable("the Redis adapter is not open")
+        if lane is not None:
+            self._shared[address, lane] = link
         return link
 
     def abort(self) -> None:
@@ -254,7 +268,10 @@ class Links:
             **options,
         )
 
-    async def _address(self, key: str) -> Address:
+    def _slot(self, key: str | bytes) -> int:
+        return key_slot(key if isinstance(key, bytes) else key.encode()) if self.place.kind == "cluster" else 0
+
+    async def _address(self, key: str | bytes) -> Address:
         """Of the server that has a key, as the first says that answers: a Sentinel, or any node of a cluster."""
         place = self.place
         if place.kind.startswith("redis"):
@@ -272,7 +289,7 @@ class Links:
                 problem = error
         raise problem or AssertionError("a URL has an address")
 
-    async def _node(self, host: str, port: int, key: str) -> Address:
+    async def _node(self, host: str, port: int, key: str | bytes) -> Address:
         try:
             await self._ask(host, port, "EXISTS", key)
         except client.MovedError as moved:
@@ -282,7 +299,7 @@ class Links:
             pass
         return host, port
 
-    async def _ask(self, host: str, port: int, *question: str, **own: Any) -> Any:  # Any: what the server says
+    async def _ask(self, host: str, port: int, *question: str | bytes, **own: Any) -> Any:  # Any: what the server says
         connection = self._connection(host, port, **own)
         try:
             await connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here

@@ -28,6 +28,8 @@ def call_error(error: BaseException, what: str) -> MsgbusError:
         return error
     if isinstance(error, client.AuthenticationError | client.AuthorizationError | client.NoPermissionError):
         return AuthenticationFailed(f"{what}: the Redis server does not let us: {words(error)}")
+    if "CERTIFICATE" in str(error):  # what TLS says of either side's
+        return AuthenticationFailed(f"{what}: {error}")
     kind = ConfigurationError if "DB index" in str(error) else BrokerUnavailable
     return kind(f"{what}: {words(error)}")
 

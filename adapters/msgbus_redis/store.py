@@ -6,16 +6,16 @@ import asyncio
 import hashlib
 import uuid
 from typing import Any
+from urllib.parse import parse_qsl
 
 from redis import exceptions as client
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import NoBackoff
 
+from msgbus.contract.adapter import AdapterSettings
 from msgbus.contract.idempotency import AlreadyDone, Claim, Conflict, IdempotencyStore, InProgress, New
 from msgbus.errors import ConfigurationError, StoreError
-from msgbus_redis.connections import Place
+from msgbus_redis.adapter import RedisAdapter
+from msgbus_redis.connections import Links
+from msgbus_redis.errors import CLIENT_ERRORS, MOVED
 
 TIMEOUT = 5.0
 """Seconds that a call may take."""
@@ -52,19 +52,20 @@ return 1
 
 
 class RedisStore(IdempotencyStore):
-    """What is claimed and done, for all processes that name the same `url` and `prefix`.
+    """What is claimed and done, for all processes that name the same `url` and `prefix`. `url` is as the bus takes it, with its options.
 
     It knows what Redis knows: with an eviction policy other than `noeviction`, or without append-only persistence, what is forgotten is
     run again. Connects when it is first used; `close` when it is done with, after which it can be used again.
     """
 
     def __init__(self, url: str, *, prefix: str = "msgbus:idempotency:") -> None:
-        self._place = Place.from_url(url)
+        where, _, query = url.partition("?")
+        self._place = RedisAdapter.from_url(where, dict(parse_qsl(query, keep_blank_values=True)), AdapterSettings()).place
         if self._place.kind not in ("redis", "rediss", "sentinel", "cluster"):
             raise ConfigurationError(f"RedisStore: redis://, rediss://, redis+sentinel:// or redis+cluster://, not {self._place}")
         self._prefix = prefix.encode()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._client: Any = None  # redis-py's clients have types of their own each
+        self._links: Links | None = None
 
     async def begin(self, group: str, key: str, fingerprint: str, lease: float) -> Claim:
         token = uuid.uuid4().hex
@@ -93,9 +94,9 @@ class RedisStore(IdempotencyStore):
 
     async def close(self) -> None:
         """Ends the connections. Twice is once."""
-        made, self._client = self._client, None
+        made, self._links = self._links, None
         if made is not None and self._loop is asyncio.get_running_loop():
-            await made.aclose()
+            await made.close()
 
     def __repr__(self) -> str:
         return f"RedisStore({str(self._place)!r})"
@@ -104,16 +105,20 @@ class RedisStore(IdempotencyStore):
 
     async def _run(self, script: str, group: str, key: str, *arguments: str | int | bytes) -> Any:  # Any: what a script answers
         name = self._name(group, key)
+        links = self._connected()
         try:
             async with asyncio.timeout(TIMEOUT):
-                made = self._connected()
-                try:
-                    return await made.evalsha(_SHA[script], 1, name, *arguments)
-                except client.NoScriptError:  # nothing of it was run
-                    return await made.eval(script, 1, name, *arguments)
+                reply: Any = None
+                for _ in range(2):  # nothing was done by who is not the one to ask, or no more, and the second time another is asked
+                    (reply,) = await links.call(name, ("EVAL", script, 1, name, *arguments), timeout=TIMEOUT)
+                    if not isinstance(reply, MOVED):
+                        break
+                if isinstance(reply, client.RedisError):
+                    raise reply
+                return reply
         except TimeoutError as error:
             raise StoreError(f"{self!r}: no answer within {TIMEOUT:g} s") from error
-        except (client.RedisError, OSError) as error:
+        except CLIENT_ERRORS as error:
             raise StoreError(f"{self!r}: {type(error).__name__}: {error}") from error
 
     def _name(self, group: str, key: str) -> bytes:
@@ -121,29 +126,12 @@ class RedisStore(IdempotencyStore):
         digested = raw if len(raw) <= 255 else b"sha256:" + hashlib.sha256(raw).hexdigest().encode()
         return self._prefix + group.encode() + b":" + digested
 
-    def _connected(self) -> Any:  # Any: Redis or RedisCluster
-        """The client of this event loop: connections belong to the one that made them."""
+    def _connected(self) -> Links:
+        """The connections of this event loop: they belong to the one that made them."""
         loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            self._loop, self._client = loop, self._make()
-        return self._client
-
-    def _make(self) -> Any:  # Any: as above
-        place = self._place
-        host, port = place.addresses[0]
-        options: dict[str, Any] = {**place.options, "socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT}
-        if place.kind == "cluster":
-            from redis.asyncio.cluster import ClusterNode, RedisCluster
-
-            return RedisCluster(startup_nodes=[ClusterNode(*address) for address in place.addresses], **options)
-        once = Retry(NoBackoff(), 0)  # the client's own repetition would take a claim that it has got for another's
-        if place.kind == "sentinel":
-            sentinel = Sentinel([*place.addresses], sentinel_kwargs={"socket_timeout": TIMEOUT})  # type: ignore[no-untyped-call]  # so it is
-            return sentinel.master_for(place.service, retry=once, **options)  # pyright: ignore[reportUnknownMemberType]
-        return Redis(host=host, port=port, ssl=place.kind == "rediss", retry=once, **options)
-
-
-_SHA = {script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for script in (BEGIN, COMPLETE, RENEW, ABANDON)}
+        if self._links is None or self._loop is not loop:
+            self._loop, self._links = loop, Links(self._place)
+        return self._links
 
 
 def _milliseconds(seconds: float) -> int:

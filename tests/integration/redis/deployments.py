@@ -46,8 +46,8 @@ def _sentinel() -> Recipe:
         lines = (
             f"port 0 | tls-port {{port{number}}} | sentinel announce-ip 127.0.0.1 | requirepass {_quoted(SENTINELS_PASSWORD)}"
             f" | sentinel sentinel-pass {_quoted(SENTINELS_PASSWORD)} | sentinel monitor main 127.0.0.1 {{port}} 2"
-            f" | sentinel auth-pass main {_quoted(PASSWORD)} | sentinel down-after-milliseconds main 1000"
-            " | sentinel failover-timeout main 2000"
+            f" | sentinel auth-pass main {_quoted(PASSWORD)} | sentinel down-after-milliseconds main 2500"
+            " | sentinel failover-timeout main 4000"
         )
         steps.append(f"printf '%s\\n' {' '.join(shlex.quote(line) for line in lines.split(' | '))} > {number}.conf")
         steps.append(f"redis-server {number}.conf --sentinel --bind $BIND --protected-mode no {_TLS.removeprefix('--port 0')} &")

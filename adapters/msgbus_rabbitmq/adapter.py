@@ -108,7 +108,7 @@ class RabbitAdapter(Adapter):
     async def ping(self) -> None:
         """One round trip, or `BrokerUnavailable`."""
         async with self._open.ask("ping") as channel:
-            await channel.exchange_declare("amq.topic", passive=True)
+            await channel.basic_qos(prefetch_count=0)  # asks for no right
 
     @property
     def _open(self) -> Connected:

@@ -119,13 +119,17 @@ class Runtime:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.publish_timeout
         pause = 0.1
+        problem: BrokerUnavailable | None = None  # of the last try that came to its end
         while True:
             try:
                 async with asyncio.timeout_at(deadline if bounded else None):
                     return await call()
             except TimeoutError:
+                if problem is not None:
+                    raise problem from problem.__cause__
                 raise BrokerUnavailable(f"the broker did not answer within {self.publish_timeout:g} s") from None
-            except BrokerUnavailable:
+            except BrokerUnavailable as error:
+                problem = error
                 if loop.time() + pause >= deadline:
                     raise
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))

@@ -5,38 +5,37 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import cache, partial
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 from urllib.parse import quote, urlencode, urlsplit
 from uuid import uuid4
 
 import pytest
 from aiokafka import AIOKafkaClient
 from aiokafka.protocol import admin
-from pydantic import BaseModel
-from tenacity import wait_fixed
 from tests.brokers import JARS, RECIPES, Recipe, Server
-from tests.certificates import Authority
+from tests.integration.secure import (
+    AUTHORITY,
+    PASSWORD,
+    Order,
+    certificates,
+    heard_of_a_restart,
+    orders,
+    problems,
+    program,
+    refusal,
+    until,
+    works,
+)
 
-from msgbus import Bus, Retry, Topic
-from msgbus.errors import AuthenticationFailed, BrokerUnavailable, MsgbusError, PublishRejected
-from msgbus.settings import Settings
+from msgbus.errors import AuthenticationFailed, BrokerUnavailable, PublishRejected
 from msgbus.testing.stage import Seen
-
-T = TypeVar("T")
 
 pytestmark = [pytest.mark.broker("kafka-secure"), pytest.mark.timeout(120)]
 
-AUTHORITY = Authority()
-PASSWORD = "p@ss/w:rd%?#&"
-"""Has what a URL must encode."""
 LISTENERS = {"OPEN": "SASL_PLAINTEXT", "SECURE": "SASL_SSL", "CERTIFIED": "SSL"}
 """For clients; in the order of their ports."""
-USERS = ("plain", "scram", "certified")
 MAY_RUN = [("Topic", "Read"), ("Topic", "Write"), ("Topic", "DescribeConfigs"), ("Group", "Read")]
 """What a program must be given for its topics and groups, by the beginning of their names, where all it needs is there."""
 TOOL = '$(command -v kafka-tool || ([ -d /opt/kafka/libs ] && echo "java -cp /opt/kafka/libs/*" || echo "java -cp {jars}/*"))'
@@ -86,20 +85,22 @@ RECIPES["kafka-secure"] = _recipe()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With certificates in files."""
-    folder = tmp_path_factory.mktemp("certificates")
-    mine = AUTHORITY.issue("certified")
-    for name, pem in {"ca": AUTHORITY.pem, "other": Authority("another").pem, "certificate": mine.certificate, "key": mine.key}.items():
-        (folder / f"{name}.pem").write_text(pem)
-    return folder
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of certificates."""
+    return certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture
-def place(running: Server, folder: Path) -> Place:
+def place(running: Server, files: dict[str, str]) -> Place:
     """Where the brokers are."""
     _make_scram_user(running)
-    return Place(urlsplit(running.url).port or 0, folder)
+    return Place(urlsplit(running.url).port or 0, files)
+
+
+@pytest.fixture
+def namespace() -> str:
+    """Of a test's own."""
+    return f"s{uuid4().hex[:12]}."
 
 
 @cache
@@ -114,15 +115,15 @@ def _make_scram_user(running: Server) -> None:
 class Place:
     """Of the brokers' listeners."""
 
-    def __init__(self, port: int, folder: Path) -> None:
+    def __init__(self, port: int, files: dict[str, str]) -> None:
         self.port = port
-        self._folder = folder
+        self._files = files
 
     def url(self, listener: str, user: str = "", password: str = PASSWORD, *, scheme: str = "", **options: str) -> str:
         """`options`: those named as certificates are take a file's name."""
         port = self.port + [*LISTENERS].index(listener)
         scheme = scheme or ("kafkas" if "SSL" in LISTENERS[listener] else "kafka")
-        named = {name: str(self._folder / f"{value}.pem") if name.endswith("file") else value for name, value in options.items()}
+        named = {name: self._files.get(value, value) for name, value in options.items()}
         login = f"{user}:{quote(password, safe='')}@" if user else ""
         return f"{scheme}://{login}127.0.0.1:{port}?{urlencode(named)}"
 
@@ -154,79 +155,6 @@ class Place:
 
 _KINDS = {"Topic": 2, "Group": 3, "Cluster": 4}
 _RIGHTS = {"Read": 3, "Write": 4, "Create": 5, "Delete": 6, "Describe": 8, "DescribeConfigs": 10}
-
-
-# ------------------------------------------------------------------------------------------------------- the program
-
-
-class Order(BaseModel):
-    """What is bought."""
-
-    n: int
-
-
-orders = Topic("orders", Order)
-
-
-def program(
-    url: str, namespace: str, *, topology: Literal["create", "check"] = "create", seen: Seen[int] | None = None, timeout: float = 20.0
-) -> Bus:
-    """Publishes orders, and gives up after two runs those that are negative, until they are redriven."""
-    settings = Settings(
-        namespace=namespace, topology=topology, publish_timeout=timedelta(seconds=timeout), close_timeout=timedelta(seconds=2)
-    )
-    bus = Bus(url, service="billing", settings=settings, retry=Retry(attempts=2, wait=wait_fixed(0.05)))
-
-    if seen is not None:
-
-        @bus.subscribe(orders)
-        async def bill(order: Order) -> None:
-            await seen.add(order.n)
-            if order.n < 0 and seen.items.count(order.n) <= 2:
-                raise ValueError("nothing is bought")
-
-    return bus
-
-
-@pytest.fixture
-def namespace() -> str:
-    """Of a test's own."""
-    return f"s{uuid4().hex[:12]}."
-
-
-async def until(ask: Callable[[], Awaitable[T]], enough: Callable[[T], bool] = bool, seconds: float = 40.0) -> None:
-    """Asks until the answer is enough."""
-    deadline = time.monotonic() + seconds
-    while not enough(answer := await ask()):
-        assert time.monotonic() < deadline, answer
-        await asyncio.sleep(0.02)
-
-
-async def problems(bus: Bus) -> str:
-    """All that its health says."""
-    return "; ".join(bus.health().problems)
-
-
-async def works(bus: Bus, seen: Seen[int]) -> None:
-    """Publishing, consuming, a retry, a dead letter and its redrive."""
-    async with bus.running():
-        await bus.publish(orders, Order(n=1))
-        await bus.publish(orders, Order(n=-1))
-        await seen.wait_until(lambda items: sorted(items) == [-1, -1, 1], 40, "a retry")
-        letters = bus.dead_letters(orders, group="billing")
-        await until(letters.count)
-        assert await letters.redrive() == 1
-        await seen.wait_until(lambda items: items.count(-1) == 3, 30, "what was redriven")
-
-
-async def refusal(bus: Bus) -> MsgbusError:
-    """Why it cannot run, which is said without the password."""
-    with pytest.raises(MsgbusError) as raised:
-        async with bus.running():
-            pass
-    assert PASSWORD not in str(raised.value)
-    assert quote(PASSWORD, safe="") not in str(raised.value)
-    return raised.value
 
 
 # ------------------------------------------------------------------------------------------------------- who comes in
@@ -283,7 +211,7 @@ async def test_a_server_that_cannot_be_trusted_is_none(place: Place, namespace: 
 async def test_the_wrong_kind_of_listener(place: Place, namespace: str, listener: str, options: dict[str, str]) -> None:
     """It hangs up as a broker does that is away: so one tries until `publish_timeout`, and then says what it may be."""
     begun = time.monotonic()
-    error = await refusal(program(place.url(listener, **options), namespace, timeout=2.0))
+    error = await refusal(program(place.url(listener, **options), namespace, timeout=3.0))
     assert isinstance(error, BrokerUnavailable), error
     assert "kafkas:// is for a port with TLS" in str(error)
     assert f"127.0.0.1:{place.port + [*LISTENERS].index(listener)}" in str(error)
@@ -312,11 +240,13 @@ async def test_who_may_not_see_a_group_hears_so(place: Place, namespace: str) ->
 
 
 async def test_who_may_not_write_hears_so(place: Place, namespace: str) -> None:
-    """`PublishRejected` that names the topic and the right, at once."""
+    """`PublishRejected` that names the topic and the right, at once; with the right it goes on."""
     await place.allow("plain", namespace, ("Topic", "Describe"), ("Topic", "Create"))
     async with program(place.of("plain"), namespace) as bus:
         with pytest.raises(PublishRejected, match=f"{namespace}orders.*right Write"):
             await bus.publish(orders, Order(n=1))
+        await place.allow("plain", namespace, ("Topic", "Write"))
+        await bus.publish(orders, Order(n=1))
 
 
 @pytest.mark.parametrize("missing", [("Topic", "Read"), ("Group", "Read")])
@@ -360,3 +290,15 @@ async def test_what_cannot_become_a_dead_letter_is_kept(place: Place, namespace:
         await place.allow("plain", namespace, ("Topic", "Write"))
         letters = bus.dead_letters(orders, group="billing")
         await until(letters.count)
+
+
+# ------------------------------------------------------------------------------------------------------- what one reads of it
+
+
+async def test_a_lost_broker_is_said_once(running: Server, place: Place, namespace: str) -> None:
+    """Killed and started again: on stderr are a few lines of msgbus and nothing of the client library."""
+    said = await heard_of_a_restart(running, place.of("admin", tls=False), namespace, by_cli=True)
+    assert "WARNING msgbus: broker: " in said
+    assert len(said.splitlines()) < 12, said
+    assert "aiokafka" not in said, said
+    assert "Traceback" not in said, said

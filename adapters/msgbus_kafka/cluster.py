@@ -109,7 +109,7 @@ class Cluster:
 
     async def close(self) -> None:
         """Bounded in time."""
-        await ended(self._client.close(), CLOSE)
+        await closed(self._client, self._client.close(), CLOSE)
         self.abort()
 
     def abort(self) -> None:
@@ -288,6 +288,16 @@ async def ended(ending: Coroutine[Any, Any, None], seconds: float) -> bool:
         task.cancel()
 
 
+async def closed(client: object, ending: Coroutine[Any, Any, None], seconds: float) -> bool:
+    """As `ended`, of what closes a client: its sockets are closed then in any case."""
+    connections = [*vars(client)["_conns"].values()]
+    try:
+        return await ended(ending, seconds)
+    finally:
+        for connection in connections:
+            _cut(connection)
+
+
 def bootstrap_whole(client: Any) -> None:
     """Whoever is cancelled while the client makes its first connection: the client comes to the end of that, which closes it, and is ended
     then. By itself it would forget the connection. Any: this replaces a method."""
@@ -321,11 +331,11 @@ def abort(*owners: object) -> None:
 
 
 def _cut(connection: Any) -> None:
-    """Ends its socket now: by itself TLS takes leave first, for which the event loop may not live long enough. Any: that is private."""
-    writer: asyncio.StreamWriter | None = connection._writer  # noqa: SLF001
+    """Closes its socket now, also after its `close`: TLS takes leave, which may outlive the event loop. Any: that is private."""
     connection.close()
-    if writer is not None:
-        writer.transport.abort()
+    transport: asyncio.WriteTransport | None = connection._protocol._transport  # noqa: SLF001  None: it is closed
+    if transport is not None:
+        transport.abort()
 
 
 class _Ended(dict[object, Any]):

@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerUnavailable, MsgbusError
-from msgbus_kafka.cluster import END, Cluster, abort, bootstrap_whole, ended, places_of
+from msgbus_kafka.cluster import END, Cluster, abort, bootstrap_whole, closed, places_of
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, stream
 from msgbus_kafka.partition import Partition
@@ -49,7 +49,7 @@ def consumer_of(cluster: Cluster, **more: Any) -> AIOKafkaConsumer:
 async def stop(consumer: AIOKafkaConsumer) -> bool:
     """Ends a consumer in bounded time; False: it did not say goodbye."""
     try:
-        return await ended(consumer.stop(), STOP_DEADLINE)
+        return await closed(vars(consumer)["_client"], consumer.stop(), STOP_DEADLINE)
     finally:
         abandon(consumer)
 

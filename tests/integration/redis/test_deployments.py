@@ -432,6 +432,13 @@ class Watched:
         _, port = asked(self.sentinels[0], "SENTINEL GET-MASTER-ADDR-BY-NAME", "main")
         return int(port)
 
+    def fails_over(self) -> bool:
+        """Whether it begins to, as an operator asks."""
+        try:
+            return bool(asked(self.sentinels[0], "SENTINEL FAILOVER", "main"))
+        except client.ResponseError:  # NOGOODSLAVE
+            return False
+
     def url(self, **options: Any) -> str:
         """With all that it takes to come in."""
         terms = {"tls": "true", "ssl_ca_certs": self._ca, "sentinel_password": SENTINELS_PASSWORD, **options}
@@ -467,8 +474,8 @@ async def test_sentinels_say_why_not(sentinel: Watched) -> None:
 
 @pytest.mark.broker("redis-sentinel")
 async def test_failover(sentinel: Watched) -> None:
-    """The master is killed: publishing and consuming go on at the new one without a word from the program, though the first Sentinel of
-    the URL is away; what was confirmed as replicated is handled, in order a key."""
+    """The master is killed, and later an operator makes it the master again: publishing and consuming go on at the new one without a word
+    from the program, though the first Sentinel of the URL is away; what was confirmed as replicated is handled, in order a key."""
     async with stage_at(sentinel.url(durability="replicated").replace("@", "@127.0.0.1:1,")) as stage:
         flow = await Flow.begin(stage)
         await flow.goes_on(50, "at first")
@@ -476,6 +483,9 @@ async def test_failover(sentinel: Watched) -> None:
         await eventually(lambda: sentinel.named() == sentinel.server.port + 1, 15, "the Sentinels to name another")
         await shell(sentinel.server, "touch again")  # or there is nobody to replicate to
         await flow.goes_on(50, "after the failover")
+        await eventually(sentinel.fails_over, 30, "the Sentinel to find the replica good enough")
+        await eventually(lambda: sentinel.named() == sentinel.server.port, 15, "the Sentinels to name the first one again")
+        await flow.goes_on(50, "after the planned failover")
         await flow.end()
 
 

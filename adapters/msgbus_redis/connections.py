@@ -2,6 +2,7 @@
 
 redis-py's own client would send again what had no answer (one `xadd()` call stored two entries) and hold a blocked read for a minute;
 so its `Connection` is used, which does neither. Who gives up waiting leaves the answer to nobody; the connection goes on.
+Sentinels and nodes are asked the one question in the same way: its clients for them would try a dead one again and again first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""RabbitMQ where one must prove who one is: TLS, certificates of clients, virtual hosts, and users with few rights."""
+"""RabbitMQ where one must prove who one is: TLS, certificates of clients, virtual hosts, and users with few rights.
+
+RabbitMQ 3.10 says what is refused, and not which right: that word is asked of none.
+"""
 
 from __future__ import annotations
 
@@ -213,7 +216,7 @@ async def test_who_may_not_create_hears_so(place: Place, namespace: str) -> None
     url = await place.user("few", MAY_RUN, namespace)
     error = await refusal(program(url, namespace, seen=Seen()))
     assert isinstance(error, AuthenticationFailed), error
-    assert re.search(rf"topic '{re.escape(namespace)}.*configure access to exchange", str(error)), error
+    assert re.search(rf"topic '{re.escape(namespace)}.*(configure )?access to exchange", str(error)), error
 
 
 async def test_who_may_not_write_hears_so(place: Place, namespace: str) -> None:
@@ -221,7 +224,7 @@ async def test_who_may_not_write_hears_so(place: Place, namespace: str) -> None:
     await make_all(place, namespace)
     url = await place.user("few", MAY_RUN, namespace, write="^$")
     async with program(url, namespace, topology="check") as bus:
-        with pytest.raises(PublishRejected, match=rf"write access to exchange '{re.escape(namespace)}orders'"):
+        with pytest.raises(PublishRejected, match=rf"(write )?access to exchange '{re.escape(namespace)}orders'"):
             await bus.publish(orders, Order(n=1))
 
 
@@ -232,7 +235,7 @@ async def test_who_may_not_read_waits_for_the_right(place: Place, namespace: str
     url = await place.user("few", MAY_RUN, namespace, read=r"^NAMES(accounts.*|orders|orders:groups)$")
     mine = program(url, namespace, topology="check", seen=seen)
     async with mine.running():
-        await until(lambda: problems(mine), lambda said: f"read access to queue '{namespace}orders.billing'" in said)
+        await until(lambda: problems(mine), lambda said: f"access to queue '{namespace}orders.billing'" in said)
         await mine.publish(orders, Order(n=1))
         async with theirs.running():
             await others.wait_for(1, 40)

@@ -251,6 +251,8 @@ class RedisReceiver(Receiver):
         """`receive` says so from now on, and acks are too late."""
         is_bug = not isinstance(error, CLIENT_ERRORS)
         self._problem = self._problem or (error if is_bug else call_error(error, f"receiving from {self.spec.topic!r}"))
+        for tenure in (*self._ours(), *self._shards.values()):  # it may be long until somebody calls `receive`
+            tenure.lost = True
         self._started.set()
         self._drained.set()
         self._wake()

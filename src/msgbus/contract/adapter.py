@@ -274,7 +274,10 @@ class Forwarding(Protocol):
     """A receiver that can send and ack as one atomic step. Otherwise the core sends, waits for the confirm, then acks."""
 
     async def forward(self, received: Received, envelope: Envelope, *, timeout: float) -> SendOutcome:
-        """None: `envelope` is stored and `received` is acked. Any error: as for `send`, and `received` is not acked."""
+        """None: `envelope` is stored and `received` is acked. Any error: as for `send`, and `received` is not acked.
+
+        Where the receiver's link is gone, the tenure of `received` is `lost` too: while copies cannot be stored nobody calls `receive`.
+        """
         ...
 
 

@@ -573,3 +573,22 @@ async def test_a_call_that_finds_its_connection_broken_leaves_nothing_behind(mad
     await adapter.ping()  # the broken connection is forgotten
     gc.collect()
     assert unheard == []
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+async def test_what_is_in_hand_is_lost_with_the_connection(server: Redis, made: Made, exclusive: bool) -> None:
+    """Also while nobody calls `receive`: a dead letter that cannot be stored keeps its subscription from that, and never could be."""
+    adapter = await opened(made, "lease=60")
+    topic = await declared(adapter, "g")
+    await sent(adapter, numbered(topic, 1))
+    (received,) = await take(await adapter.open_receiver(ReceiverSpec(topic, "g", exclusive=exclusive)), 1)
+    await server.client_pause(10_000, all=False)  # its calls wait for their answers, and never get them
+    try:
+        async with asyncio.timeout(10):
+            while not received.tenure.lost:
+                for client in await server.client_list():
+                    if client["name"] == "msgbus":
+                        await server.client_kill_filter(_id=client["id"])
+                await asyncio.sleep(0.1)
+    finally:
+        await server.client_unpause()

@@ -108,6 +108,8 @@ class Bus(Router, Publishes):
         runtime = self._runtime
         if runtime is None:
             raise self._not_entered()
+        if asyncio.get_running_loop() is not self._loop:
+            raise self._elsewhere()
         return await runtime.publish(topic, message, options)
 
     async def publish_many(
@@ -117,7 +119,10 @@ class Bus(Router, Publishes):
 
         At the first failure it stops reading, waits for what is under way and raises `PublishManyError`.
         """
-        return await self._entered().publish_many(topic, messages, options)
+        runtime = self._entered()
+        if asyncio.get_running_loop() is not self._loop:
+            raise self._elsewhere()
+        return await runtime.publish_many(topic, messages, options)
 
     def publisher(self, topic: Topic[M], /) -> Publisher[M]:
         """One topic's sending side. Can be made before the bus is entered."""
@@ -320,6 +325,12 @@ class Bus(Router, Publishes):
 
     def _entered_already(self) -> ConfigurationError:
         return ConfigurationError("the bus is entered already; `async with bus`, `running()` and `run()` do not nest")
+
+    def _elsewhere(self) -> ConfigurationError:
+        return ConfigurationError(
+            "the bus was entered on another event loop, and publishes there alone; from a thread: "
+            "asyncio.run_coroutine_threadsafe(bus.publish(...), loop_of_the_bus).result()"
+        )
 
     def _entered(self) -> Runtime:
         if self._runtime is None:

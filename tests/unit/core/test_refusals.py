@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -354,6 +354,21 @@ async def test_what_the_broker_cannot_do_is_refused_with_the_alternative(
             pytest.fail("entered")
     for part in ("poor", *says):
         assert part in str(raised.value)
+
+
+async def test_a_bus_publishes_on_its_own_event_loop() -> None:
+    """Another thread's loop is refused, and told how: what waits for a broker there would never wake."""
+    async with Bus("memory://", service="shop") as bus:
+        for publish in (lambda: bus.publish(orders, Order(id="1")), lambda: bus.publish_many(orders, [Order(id="1")])):
+
+            async def elsewhere(publish: Callable[[], Coroutine[Any, Any, object]] = publish) -> object:
+                return await publish()
+
+            with pytest.raises(ConfigurationError, match=r"another event loop.*run_coroutine_threadsafe"):
+                await asyncio.to_thread(asyncio.run, elsewhere())
+        loop = asyncio.get_running_loop()
+        future = await asyncio.to_thread(asyncio.run_coroutine_threadsafe, bus.publish(orders, Order(id="1")), loop)
+        assert (await asyncio.wrap_future(future)).topic == "orders"
 
 
 class Impatient(MemoryAdapter):

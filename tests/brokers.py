@@ -148,8 +148,8 @@ RECIPES = {
     "rabbitmq": _rabbitmq("rabbitmq:4-management"),
     "kafka": Recipe(
         url="kafka://127.0.0.1:{port}",
-        hello=b"\x00\x00\x00\x0a\x00\x12\x00\x00\x00\x00\x00\x01\xff\xff",  # which versions do you speak?
-        welcome=b"\x00\x00\x00\x01\x00\x00",
+        hello=b"\0\0\0\x12\0\x0a\0\1\0\0\0\1\xff\xff\0\5ready\0",  # who coordinates the group "ready"? Its topic of commits is made then
+        welcome=b"\0\x09127.0.0.1",
         ports=(9092,),
         image=f"apache/kafka:{KAFKA_VERSION}",
         variables={f"KAFKA_{name}": value for name, value in (_KAFKA | _KAFKA_INSIDE).items()},

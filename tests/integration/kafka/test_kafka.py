@@ -18,7 +18,7 @@ from tests.brokers import Server
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import Envelope, new_id
-from msgbus.errors import BrokerUnavailable, ConfigurationError, NotFound, PublishRejected, PublishUnknown, TopologyMismatch
+from msgbus.errors import BrokerUnavailable, ConfigurationError, PublishRejected, PublishUnknown, TopologyMismatch
 from msgbus_kafka import KafkaAdapter
 from msgbus_kafka.cluster import Cluster, NewTopic
 from msgbus_kafka.url import read_url
@@ -41,12 +41,6 @@ async def opened(url: str, **settings: Any) -> AsyncGenerator[KafkaAdapter, None
     adapter = KafkaAdapter(place, read)
     await adapter.open()
     try:
-        async with asyncio.timeout(60):  # a broker that has just started makes its topic of commits when it is first asked for
-            with contextlib.suppress(NotFound):
-                while True:
-                    with contextlib.suppress(BrokerUnavailable):
-                        await adapter.depth("none", "none")
-                    await asyncio.sleep(0.1)
         yield adapter
     finally:
         await adapter.close()

@@ -14,7 +14,9 @@ from msgbus.inbound.job import Source
 SUSPECT = 2
 """Deaths from which a delivery puts its subscription in quarantine."""
 CALM = 3
-"""Good deliveries in a row, from each source, that end a quarantine."""
+"""Good deliveries in a row, from each source, that end a quarantine, once every suspect has come again."""
+ELSEWHERE = 64
+"""Good deliveries in a row after which a suspect that has not come again is taken to be with a peer."""
 SILENCE = 60
 """Receives without a message, of half a second each, after which nothing is expected any more from where a suspect came: a peer has it.
 Not one: a new receiver may have to wait for its shards."""
@@ -28,7 +30,7 @@ REMEMBERED = 10_000
 class Suspects:
     """Of one subscription in one process. Pure bookkeeping."""
 
-    __slots__ = ("_clock", "_doubts_until", "_first_counts", "_levels", "quarantine")
+    __slots__ = ("_clock", "_doubts_until", "_first_counts", "_levels", "_wanted", "quarantine")
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -37,6 +39,8 @@ class Suspects:
         """One at a time: only so is a death the fault of one message."""
         self._levels: set[Priority] = set()
         """Where suspects came from."""
+        self._wanted: set[str] = set()
+        """Those that began the quarantine and have not come again in it."""
         self._first_counts: OrderedDict[str, int] = OrderedDict()
 
     def link_lost(self) -> None:
@@ -56,22 +60,23 @@ class Suspects:
 
     def turn(self, source: Source, sources: Sequence[Source], batch: Sequence[Received]) -> bool:
         """Looks at what came. True: the quarantine has just begun, or just ended, and the batch must not be handled the old way."""
-        suspects = False
+        suspects: set[str] = set()
         for one in batch:  # each one is to be counted
             if one.crashes and self.deaths(one) >= SUSPECT:
-                suspects = True
+                suspects.add(one.envelope.id)
                 self._levels.add(source.level)
         if not self.quarantine:
-            self.quarantine = suspects
-            return suspects
+            self.quarantine, self._wanted = bool(suspects), suspects
+            return self.quarantine
+        self._wanted -= suspects
         if batch:
             source.calm = 0 if suspects else source.calm + 1
             source.silent = SILENCE
         else:
             source.silent += 1
             if source.silent >= SILENCE or source.level not in self._levels:
-                source.calm = CALM
-        if all(other.calm >= CALM for other in sources):
+                source.calm = ELSEWHERE
+        if all(other.calm >= (ELSEWHERE if self._wanted else CALM) for other in sources):
             self.quarantine = False
             self._levels.clear()
             return True

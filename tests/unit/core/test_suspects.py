@@ -8,7 +8,7 @@ from typing import cast
 from msgbus.contract.adapter import Received, Receiver, Tenure
 from msgbus.contract.envelope import Envelope, Priority, new_id
 from msgbus.inbound.job import Job, Source
-from msgbus.inbound.suspects import CALM, DOUBT, SILENCE, SUSPECT, Suspects
+from msgbus.inbound.suspects import CALM, DOUBT, ELSEWHERE, SILENCE, SUSPECT, Suspects
 
 
 def opened(level: Priority = "normal") -> Source:
@@ -16,15 +16,15 @@ def opened(level: Priority = "normal") -> Source:
     return Source(cast(Receiver, None), level, 32, 32, deque[Job]())  # None: suspects look at what came, not at who brought it
 
 
-def message(crashes: int = 0) -> Received:
-    return Received(Envelope(new_id(), "work", b"", {}), None, Tenure(), crashes)
+def message(crashes: int = 0, id_: str | None = None) -> Received:
+    return Received(Envelope(id_ or new_id(), "work", b"", {}), None, Tenure(), crashes)
 
 
 def begun(level: Priority = "normal") -> Suspects:
     """In quarantine."""
     suspects = Suspects()
     source = opened(level)
-    assert suspects.turn(source, [source], [message(SUSPECT)])
+    assert suspects.turn(source, [source], [message(SUSPECT, "suspect")])
     return suspects
 
 
@@ -47,8 +47,14 @@ def test_the_suspects_are_through_when_nothing_more_comes() -> None:
 def test_good_messages_in_a_row_end_it() -> None:
     """As many as `CALM`, after the last suspect."""
     suspects, source = begun(), opened()
-    crashes = [0, 0, SUSPECT, *[0] * CALM]
-    assert [suspects.turn(source, [source], [message(count)]) for count in crashes] == [False] * (len(crashes) - 1) + [True]
+    came = [message() for _ in range(2 * CALM)] + [message(SUSPECT, "suspect")] + [message() for _ in range(CALM)]
+    assert [suspects.turn(source, [source], [one]) for one in came] == [False] * (len(came) - 1) + [True]
+
+
+def test_a_suspect_that_does_not_come_again_is_not_waited_for_without_end() -> None:
+    """A peer may have it, while good ones come all the time: `ELSEWHERE` of them are enough."""
+    suspects, source = begun(), opened()
+    assert [suspects.turn(source, [source], [message()]) for _ in range(ELSEWHERE)] == [False] * (ELSEWHERE - 1) + [True]
 
 
 def test_a_level_that_had_no_suspects_is_not_waited_for() -> None:

@@ -79,8 +79,15 @@ def _recipe() -> Recipe:
     variables = {"KAFKA_" + name.replace("-", "___").replace(".", "_").upper(): value for name, value in inside.items()}
     properties = plain.files["server.properties"] + "".join(f"{name}={value}\n" for name, value in here.items())
     image = os.environ.get("MSGBUS_TEST_KAFKA_IMAGE") or plain.image
-    ports = (9092, 9095, 9096)
-    return replace(plain, image=image, ports=ports, variables={**plain.variables, **variables}, files={"server.properties": properties})
+    return replace(
+        plain,
+        hello=b"\0\0\0\x0a\0\x12\0\0\0\0\0\1\xff\xff",  # which versions do you speak? More is not answered before one signs in
+        welcome=b"\0\0\0\1\0\0",
+        image=image,
+        ports=(9092, 9095, 9096),
+        variables={**plain.variables, **variables},
+        files={"server.properties": properties},
+    )
 
 
 RECIPES["kafka-secure"] = _recipe()

@@ -119,7 +119,8 @@ class Topology:
             return  # partitions that were added since are read from their beginning
         if not create:
             raise _missing(f"group {group!r} of topic {topic!r}")
-        first = not await self._cluster.committed(history_id(base)) and not await groups_of(self._cluster, topic)
+        others = {*await groups_of(self._cluster, topic)} - {group}  # its own other priorities may have been declared before this one
+        first = not others and not await self._cluster.committed(history_id(base))
         since = END if start == "latest" else BEGINNING if first else await self._kept_since(base)
         led = await self._cluster.leaders([base, base + SOON, name + SOON])
         places = places_of({found: range(len(leaders)) for found, leaders in led.items()})

@@ -17,7 +17,7 @@ from tests.brokers import Server
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.address import DEAD_GROUP, dead_topic
-from msgbus.contract.envelope import Envelope, new_id
+from msgbus.contract.envelope import PRIORITIES, Envelope, new_id
 from msgbus.errors import BrokerUnavailable, ConfigurationError, PublishRejected, PublishUnknown, TopologyMismatch
 from msgbus_kafka import KafkaAdapter
 from msgbus_kafka.cluster import Cluster, NewTopic
@@ -242,6 +242,19 @@ async def test_a_later_group_begins_at_its_declaration_and_a_retained_topics_at_
         assert (await adapter.depth(kept, "later")).ready == 1
         with pytest.raises(TopologyMismatch):
             await adapter.declare([TopicSpec(kept, retain=60.0)], [])
+
+
+async def test_the_first_group_gets_what_came_before_it_on_every_priority(url: str) -> None:
+    """Its priorities are declared one after the other: the later ones are a first group's as well."""
+    topic = fresh()
+    async with opened(url) as adapter:
+        await adapter.declare([TopicSpec(topic, priorities=True)], [])
+        assert not any(await adapter.send([envelope(topic, priority=level) for level in PRIORITIES], timeout=5))
+        specs = [ReceiverSpec(topic, "workers", priority=level) for level in PRIORITIES]
+        await adapter.declare([TopicSpec(topic, priorities=True)], specs[:1])
+        for spec in specs:
+            (received,) = await take(await adapter.open_receiver(spec), 1)
+            assert received.envelope.priority == spec.priority
 
 
 async def test_replay_of_a_group_at_rest_and_of_one_at_work(url: str) -> None:

@@ -111,7 +111,7 @@ class Scene:
             except BrokerUnavailable:
                 if time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.1)  # then it tries again
 
     async def _audit(self, topic: Topic[Any], receiver: Receiver) -> None:
         while True:
@@ -225,7 +225,7 @@ class Scene:
                 return
             if time.monotonic() > deadline:
                 pytest.fail(f"{group} has not settled {topic.name} after {seconds:g} s: {depth}")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # then it looks again
 
     async def send(self, *envelopes: Envelope) -> None:
         """As they are."""

@@ -304,7 +304,7 @@ def bus_of(terms: Terms, trip: Trip) -> Bus:
             health = bus.health()
             if said != (said := (health.status, health.problems)):
                 trip.note("health", status=said[0], problems=said[1])
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # then it looks again
 
     @asynccontextmanager
     async def lifespan(bus: Bus) -> AsyncIterator[None]:

@@ -119,7 +119,7 @@ def test_the_readme_by_hand(running: Server, tmp_path: Path) -> None:
             try:
                 answers.append(httpx.post(url, json=body, headers=dict([header])))
             except httpx.TransportError:
-                time.sleep(0.1)
+                time.sleep(0.1)  # then it tries again
         assert [answer.status_code for answer in answers] == [201, 200], (tmp_path / "log").read_text()
         assert answers[0].json() == answers[1].json()
         other = httpx.post(url, json={**body, "cents": 1}, headers=dict([header]))

@@ -176,7 +176,7 @@ class Crew:
                 return time.monotonic() - began
             if time.monotonic() > began + seconds:
                 pytest.fail(f"waited {seconds:g} s for {what}; {len(self.done)} of {len(self.published)} are done")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # then it looks again
 
     async def all_done(self, seconds: float) -> float:
         """Everything confirmed is completed; how long that took. The checker names what is missing when nothing comes any more."""
@@ -191,7 +191,7 @@ class Crew:
             if time.monotonic() > seen_at + seconds:
                 missing = sorted(self.published - self.done)
                 pytest.fail(f"{len(missing)} are not done, and nothing came for {seconds:g} s: {missing[:10]}")
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # then it looks again
 
     def events(self, f: str, how: str = "ok", *, id: str | None = None) -> list[Event]:
         """Of one kind, in the order of their time."""

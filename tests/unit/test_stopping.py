@@ -137,7 +137,7 @@ async def test_a_bus_is_entered_by_one_at_a_time() -> None:
 
     class Slow(FaultyAdapter):
         async def open(self) -> None:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # long enough for another to enter
             await super().open()
 
     bus = Bus(adapter=Slow(MemoryAdapter()), service="shop", settings=SECONDS)

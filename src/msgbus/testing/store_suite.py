@@ -83,7 +83,7 @@ async def free_again(store: IdempotencyStore, group: str, key: str = "k") -> str
         claim = await store.begin(group, key, PRINT, LONG)
         if isinstance(claim, New):
             return claim.token
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # then it looks again
 
 
 @clause

@@ -134,7 +134,7 @@ class ConfirmsLate(FaultyReceiver):
 
     async def forward(self, received: Received, envelope: Envelope, *, timeout: float) -> SendOutcome:
         [outcome] = await self.adapter.real.send([envelope], timeout=timeout)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # the slow link
         if outcome is None:
             self.real.ack(received)
         return outcome
@@ -278,7 +278,7 @@ class ReleasesLate(FaultyReceiver):
 
     async def release(self, received: Received) -> None:
         await super().release(received)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # the slow link
 
 
 @conformance(seconds=60)
@@ -416,7 +416,7 @@ async def continue_after_subscriber_close_no_loss(stage: Stage) -> None:
 
         @bus.subscribe(ORDERS, concurrency=4, window=8)
         async def handle(order: Order, context: Context) -> None:
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.002)  # its work
             await seen.add((order.n, context.attempt))
 
         return await stage.start(bus)
@@ -445,7 +445,7 @@ async def concurrent_close_safe(stage: Stage) -> None:
 
         @bus.subscribe(ORDERS, concurrency=2)
         async def handle(order: Order) -> None:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # its work
             await seen.add(order.n)
 
         return await stage.start(bus)

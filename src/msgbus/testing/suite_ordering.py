@@ -392,7 +392,7 @@ async def priority_preempts_backlog(stage: Stage) -> None:
     @bus.subscribe(RANKED, concurrency=2, window=52)
     async def handle(order: Order) -> None:
         await started.add(order)
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # its work
 
     publisher = await stage.publisher()
     await stage.start(bus)
@@ -419,7 +419,7 @@ async def priority_no_starvation(stage: Stage) -> None:
     @bus.subscribe(RANKED, concurrency=4, window=26)
     async def handle(order: Order) -> None:
         await started.add(order.id)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # its work
 
     publisher = await stage.publisher()
     await stage.start(bus)

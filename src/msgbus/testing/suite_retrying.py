@@ -196,7 +196,7 @@ async def poison_process_killer_dead_lettered_and_its_neighbours_spared(stage: S
                 if order.text == "killer":
                     fatal.set()
                     await asyncio.Event().wait()
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # its work
                 await done.add(order.n)
 
             return bus

@@ -15,7 +15,7 @@ class Slow(MemoryAdapter):
     """Takes its time to say which groups a topic has, as brokers across a network do."""
 
     async def groups(self, topic: str) -> Sequence[str]:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # the network
         return await super().groups(topic)
 
 

@@ -275,7 +275,7 @@ async def test_a_delayed_message_is_kept_for_the_first_group() -> None:
     async with opened() as adapter:
         await sent(adapter, [envelope(delay=0.03)])
         until = time.monotonic() + 0.03
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0.03)  # until it is due
         assert time.monotonic() >= until
         await adapter.declare([TopicSpec(T)], [])
         await adapter.declare([], [ReceiverSpec(T, "a")])

@@ -49,7 +49,7 @@ class DropsOnCancel(FaultyReceiver):
     async def receive(self, limit: int, timeout: float) -> list[Received]:
         batch = await super().receive(limit, timeout)
         try:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # long enough to be cancelled in
         except asyncio.CancelledError:
             for received in batch:
                 self.real.ack(received)
@@ -93,7 +93,7 @@ class ReturnsBeforeTheConfirm(FaultyAdapter):
 
     async def send(self, envelopes: Sequence[Envelope], *, timeout: float) -> list[SendOutcome]:
         async def store() -> None:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # after its outcome was told
             await self.real.send(envelopes, timeout=timeout)
 
         task = asyncio.create_task(store())

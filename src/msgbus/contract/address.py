@@ -1,22 +1,11 @@
-"""Where things are: a topic, a group of it, and the parts that a topic is made of. Pure functions, the same on every broker."""
+"""Where things are: a topic, a group of it, and the shard of a key. Pure functions, the same on every broker."""
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
-
-from msgbus.contract.envelope import Priority
 
 DEAD_GROUP = "keeper"
 """The one group of a dead-letter destination, declared with it, so that a dead letter always has somewhere to be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One physical stream of a topic: a shard of a keyed one, or a priority of an unkeyed one. An adapter spells its name."""
-
-    shard: int = 0
-    priority: Priority = "normal"
 
 
 def shard_of(key: str | None, shards: int) -> int:

@@ -55,4 +55,3 @@ Outcome = Done | Dropped | RetryAfter | Dead | Released
 
 DONE = Done()
 REPEATED = Done(repeated=True)
-RELEASED = Released()

@@ -11,7 +11,7 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -81,10 +81,11 @@ class Place:
 
 
 class Link:
-    """One connection, with all scripts loaded."""
+    """One connection, with its scripts loaded."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, scripts: Iterable[str]) -> None:
         self._connection = connection
+        self._scripts = scripts
         self._waiting: deque[tuple[int, list[Any], asyncio.Future[list[Any]]]] = deque()
         """How many answers a call has, those that came, and who waits for them."""
         self._heard = 0.0
@@ -96,7 +97,7 @@ class Link:
         try:
             await self._connection.connect()  # type: ignore[no-untyped-call]  # redis-py says no types here
             self._reader = asyncio.create_task(self._read(), name="msgbus redis answers")
-            for reply in await self.call([("SCRIPT", "LOAD", source) for source in SOURCES.values()], CALL_TIMEOUT):
+            for reply in await self.call([("SCRIPT", "LOAD", source) for source in self._scripts], CALL_TIMEOUT):
                 if isinstance(reply, Exception):
                     raise reply
         except BaseException:
@@ -169,10 +170,11 @@ class Link:
 
 
 class Links:
-    """The connections of an open adapter. `call` shares one with others; `link` gives one for its own."""
+    """The connections of an open adapter. `call` shares one with others; `link` gives one for its own. `scripts`: what each has loaded."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, scripts: Iterable[str] = SOURCES.values()) -> None:
         self.place = place
+        self._scripts = scripts
         self._closed = False
         self._connecting = asyncio.Lock()
         self._nodes: dict[int, Address] = {}
@@ -229,7 +231,7 @@ class Links:
                 shared = None if lane is None else self._shared.get((address, lane))
                 if shared is not None and shared.alive:
                     return shared
-                link = Link(self._connection(host, port))
+                link = Link(self._connection(host, port), self._scripts)
                 self._all.add(link)
                 await link.open()
         except (client.RedisError, OSError) as error:

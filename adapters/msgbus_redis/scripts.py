@@ -279,7 +279,14 @@ return {ready, flight, out}
 
 SOURCES = {script: _COMMON + script for script in (SEND, TAKE, HELD, LEAVE, COUNCIL, TRIM, GROUP)}
 """What is loaded, by what it is called here."""
-_SHA = {script: hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest() for script, source in SOURCES.items()}
+
+
+def digest(source: str) -> str:
+    """What EVALSHA calls a script that is loaded."""
+    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+_SHA = {script: digest(source) for script, source in SOURCES.items()}
 
 
 def call(script: str, keys: Sequence[str], arguments: Iterable[Any]) -> tuple[Any, ...]:  # Any: str, bytes, int or float

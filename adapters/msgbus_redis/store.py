@@ -16,6 +16,7 @@ from msgbus.errors import ConfigurationError, StoreError
 from msgbus_redis.adapter import RedisAdapter
 from msgbus_redis.connections import Links
 from msgbus_redis.errors import CLIENT_ERRORS, MOVED
+from msgbus_redis.scripts import digest
 
 TIMEOUT = 5.0
 """Seconds that a call may take."""
@@ -49,6 +50,7 @@ if redis.call('HGET', KEYS[1], 't') ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 return 1
 """
+_SHA = {script: digest(script) for script in (BEGIN, COMPLETE, RENEW, ABANDON)}
 
 
 class RedisStore(IdempotencyStore):
@@ -110,7 +112,7 @@ class RedisStore(IdempotencyStore):
             async with asyncio.timeout(TIMEOUT):
                 reply: Any = None
                 for _ in range(2):  # nothing was done by who is not the one to ask, or no more, and the second time another is asked
-                    (reply,) = await links.call(name, ("EVAL", script, 1, name, *arguments), timeout=TIMEOUT)
+                    (reply,) = await links.call(name, ("EVALSHA", _SHA[script], 1, name, *arguments), timeout=TIMEOUT)
                     if not isinstance(reply, MOVED):
                         break
                 if isinstance(reply, client.RedisError):
@@ -130,7 +132,7 @@ class RedisStore(IdempotencyStore):
         """The connections of this event loop: they belong to the one that made them."""
         loop = asyncio.get_running_loop()
         if self._links is None or self._loop is not loop:
-            self._loop, self._links = loop, Links(self._place)
+            self._loop, self._links = loop, Links(self._place, _SHA)
         return self._links
 
 

@@ -210,15 +210,19 @@ class Links:
             asyncio.get_running_loop().call_later(CALL_TIMEOUT, link.abort)
         return replies
 
-    async def run(self, key: str, *commands: Command, what: str, timeout: float = CALL_TIMEOUT) -> list[Any]:
-        """`call` for what stores nothing, or may be repeated: raises only `BrokerError`s, the server's answered ones too."""
+    async def ask(self, key: str, *commands: Command, what: str, timeout: float = CALL_TIMEOUT) -> list[Any]:
+        """`call` for what stores nothing, or may be repeated: raises only msgbus's errors. What the server refuses is among the answers."""
         try:
-            replies = await self.call(key, *commands, timeout=timeout)
-            for reply in replies:
-                if isinstance(reply, client.RedisError):
-                    raise reply
+            return await self.call(key, *commands, timeout=timeout)
         except (client.RedisError, OSError) as error:
             raise call_error(error, what) from error
+
+    async def run(self, key: str, *commands: Command, what: str, timeout: float = CALL_TIMEOUT) -> list[Any]:
+        """`ask` that raises what the server refuses, too."""
+        replies = await self.ask(key, *commands, what=what, timeout=timeout)
+        for reply in replies:
+            if isinstance(reply, client.RedisError):
+                raise call_error(reply, what) from reply
         return replies
 
     async def link(self, key: str | bytes, lane: str | None = None) -> Link:

@@ -42,7 +42,7 @@ class Topology:
 
     async def groups(self, layout: Layout) -> list[str]:
         """Sorted; none where there is no stream."""
-        (answer,) = await self.links.call(layout.base, ("XINFO", "GROUPS", layout.parts()[0]))
+        (answer,) = await self.links.ask(layout.base, ("XINFO", "GROUPS", layout.parts()[0]), what=f"groups of {layout.topic!r}")
         return [] if isinstance(answer, Exception) else sorted(flat[1].decode() for flat in answer)
 
     async def declare(self, spec: TopicSpec, create: bool) -> Layout:
@@ -69,13 +69,13 @@ class Topology:
         what = f"group {group!r} of topic {layout.topic!r}"
         streams = layout.streams(group)
         if not create:
-            replies = await self.links.call(layout.base, *(("XINFO", "GROUPS", stream) for stream in streams))
+            replies = await self.links.ask(layout.base, *(("XINFO", "GROUPS", stream) for stream in streams), what=what)
             if any(isinstance(reply, Exception) or group.encode() not in [flat[1] for flat in reply] for reply in replies):
                 raise TopologyMismatch(what, "a group", "none")
             return
         await self._check_kinds(what, dict.fromkeys(streams, "stream"))
         since = "0" if again else await self._since(layout, group, start)
-        for reply in await self.links.call(layout.base, *_group_commands(layout, group, since)):
+        for reply in await self.links.ask(layout.base, *_group_commands(layout, group, since), what=what):
             if isinstance(reply, Exception) and "BUSYGROUP" not in str(reply):
                 raise BrokerUnavailable(f"{what}: {reply}") from reply
 
@@ -125,7 +125,7 @@ class Topology:
             ("DEL", *mine, layout.key("delayed", group)),
         )
         dropped = [("XGROUP", "DESTROY", part, group) for part in parts]
-        replies = await self.links.call(layout.base, *noted, *dropped, self._trim(layout, None))
+        replies = await self.links.ask(layout.base, *noted, *dropped, self._trim(layout, None), what=f"dropping group {group!r}")
         return 1 in replies[len(noted) : -1]
 
     async def _check_kinds(self, what: str, wanted: Mapping[str, str]) -> None:

@@ -108,7 +108,7 @@ class Calls:
         await self.adapter.open()
 
 
-ANSWERS = {
+ANSWERS: dict[Callable[[Calls], Awaitable[object]], object] = {
     Calls.ping: None,
     Calls.declare: None,
     Calls.check: None,

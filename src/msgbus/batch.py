@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+from msgbus.checks import takes
 from msgbus.errors import ConfigurationError
 
 
@@ -19,6 +20,9 @@ class Batch:
     wait: timedelta | None = None
 
     def __post_init__(self) -> None:
+        takes("Batch(...): size", self.size, int, "an int")
+        if self.wait is not None:
+            takes("Batch(...): wait", self.wait, timedelta, "a timedelta")
         if self.size < 1:
             raise ConfigurationError(f"Batch(size={self.size}): at least 1")
         if self.wait is not None and self.wait < timedelta(0):

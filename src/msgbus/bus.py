@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from typing_extensions import Unpack
 
+from msgbus.checks import takes
 from msgbus.contract.idempotency import IdempotencyStore
 from msgbus.contract.outbox import TransactionalStore, Writes
 from msgbus.errors import BusNotEntered, ConfigurationError, NotFound
+from msgbus.middleware.base import Middleware
 from msgbus.publisher import Publisher
 from msgbus.publishing import Publishes, PublishManyOptions, PublishOptions, Receipt, SyncPublishes
 from msgbus.retry import Retry
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from msgbus.inbound.plan import Plan
     from msgbus.inbound.runner import Runner
     from msgbus.inbound.subscription import Subscription
-    from msgbus.middleware.base import Middleware
     from msgbus.outbound.relay import Relay
     from msgbus.outbox import Scribe
     from msgbus.runtime import Runtime
@@ -51,7 +52,7 @@ class Bus(Router, Publishes):
     """One service's connection to one broker: publishes, and runs the handlers subscribed on it and its routers.
 
     `url` (else `MSGBUS_URL`) picks the broker; `service` (else `MSGBUS_SERVICE`) is the default group and the CloudEvents source;
-    `adapter` in place of a URL for one that is made by hand; `settings` in place of the environment; `store` makes effects idempotent;
+    `adapter` in place of a URL for one that is made by hand; `settings` before the environment; `store` makes effects idempotent;
     `retry` is the default policy; `middleware`, the first one outermost; `lifespan(bus)` is entered before the handlers start and left
     after they have ended. Making a bus opens and reads nothing. It can be entered again after it was left, on another event loop too.
     """
@@ -72,6 +73,16 @@ class Bus(Router, Publishes):
         super().__init__()
         if url is not None and adapter is not None:
             raise ConfigurationError("Bus(url=..., adapter=...): both say which broker; give one of them")
+        for option, given, kind, words in (
+            ("store", store, IdempotencyStore, "a store, such as msgbus.stores.MemoryStore()"),
+            ("retry", retry, Retry, "msgbus.Retry(...)"),
+            ("middleware", middleware, Iterable, "a list of msgbus.Middleware"),
+            ("routers", routers, Iterable, "a list of msgbus.Router"),
+        ):
+            if given is not None:
+                takes(f"Bus(...): {option}", given, kind, words)
+        if lifespan is not None and not callable(lifespan):
+            raise ConfigurationError(f"Bus(...): lifespan={lifespan!r}: takes a function of the bus that returns an async context manager")
         self._url = url
         self._service = service
         self._adapter = adapter
@@ -80,6 +91,10 @@ class Bus(Router, Publishes):
         self._retry = retry if retry is not None else Retry()
         self._middleware = tuple(middleware)
         self._routers = tuple(routers)
+        for each in self._middleware:
+            takes("Bus(...): middleware", each, Middleware, "instances of msgbus.Middleware")
+        for router in self._routers:
+            takes("Bus(...): routers", router, Router, "instances of msgbus.Router")
         self._lifespan = lifespan
         self._made: tuple[tuple[str, AdapterSettings], Adapter] | None = None  # kept: a private memory:// outlives being left
         self._scribe: Scribe | None = None

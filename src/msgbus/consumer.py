@@ -11,6 +11,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
+from msgbus.checks import takes
 from msgbus.context import Context
 from msgbus.contract.adapter import Capability, Received, Receiver, ReceiverSpec, SendOutcome
 from msgbus.contract.envelope import Envelope, check_group
@@ -78,8 +79,9 @@ class Delivery(Generic[M_co]):
         The order of its key is given up for it. Raises `AlreadySettled`, or `BrokerError` when the copy could not be stored: the delivery
         is then un-settled as before, and this may be called again.
         """
+        word = RetryLater(after)  # before it is said: one that cannot be is no word
         self._say("retry")
-        await self._leave(RetryLater(after))
+        await self._leave(word)
 
     async def reject(self, reason: str) -> None:
         """Never: a dead letter now, with this reason. Raises as `retry`."""
@@ -121,6 +123,8 @@ class Consumer(Generic[M_co]):
         start: Literal["earliest", "latest"],
         window: int,
     ) -> None:
+        takes("bus.consumer(...): topic", topic, Topic, "a Topic")
+        takes("bus.consumer(...): window", window, int, "an int")
         check_group(group)
         if window < 1:
             raise ConfigurationError(f"consumer({topic.name!r}, window={window}): at least 1")
@@ -178,6 +182,9 @@ class Consumer(Generic[M_co]):
         back before its time waits on.
         Cancelling loses nothing. Several tasks may share a consumer; whoever still waits when it is left gets a `ConfigurationError`.
         """
+        takes("receive(...): limit", limit, int, "an int")
+        if timeout is not None:
+            takes("receive(...): timeout", timeout, timedelta, "a timedelta")
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}")
         loop = asyncio.get_running_loop()

@@ -225,6 +225,8 @@ class RetryLater(Exception):
     """
 
     def __init__(self, after: timedelta | None = None) -> None:
+        if after is not None and not isinstance(after, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
+            raise TypeError(f"RetryLater(after={after!r}): takes a timedelta")
         if after is not None and after < timedelta(0):
             raise ValueError(f"RetryLater(after) must not be negative, not {after}")
         super().__init__(f"after {after}" if after is not None else "after the policy's wait")
@@ -243,6 +245,8 @@ class BatchFailed(Exception):
     """Raised by a batch handler: these members failed (index in the list it was given → error); the others are done."""
 
     def __init__(self, errors: Mapping[int, Exception]) -> None:
+        if not isinstance(errors, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] users without a checker
+            raise TypeError(f"BatchFailed({errors!r}): takes a mapping: index in the batch to error")
         if not errors:
             raise ValueError("BatchFailed needs at least one failed member: {index: error}")
         super().__init__(f"{len(errors)} members failed, first: {next(iter(errors.values()))!r}")

@@ -1,6 +1,7 @@
 """Settings: what can be said outside the program. Read when a bus is entered, never at import.
 
-Order: an argument of `Bus(...)`, then `MSGBUS_…` variables, then `msgbus.toml` in the working directory, then the default.
+Order: an argument of `Bus(...)`, then one of `Settings(...)`, which reads what it is not given when it is made, then `MSGBUS_…`
+variables, then `msgbus.toml` in the working directory, then the default.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from msgbus.checks import takes
 from msgbus.contract.adapter import AdapterSettings
 from msgbus.errors import ConfigurationError
 
@@ -91,8 +93,6 @@ def load(given: Settings | None = None) -> Settings:
 
     A `MSGBUS_…` variable that is no setting is refused too, unless it is the tests' (`MSGBUS_TEST_…`): a mistyped name is never ignored.
     """
-    if given is not None:
-        return given
     import os
 
     for variable in os.environ:
@@ -101,6 +101,9 @@ def load(given: Settings | None = None) -> Settings:
             raise ConfigurationError(
                 f"unknown setting {variable}; known: {', '.join('MSGBUS_' + known.upper() for known in Settings.model_fields)}"
             )
+    if given is not None:
+        takes("Bus(...): settings", given, Settings, "msgbus.settings.Settings(...)")
+        return given
     try:
         return Settings()
     except ValidationError as error:

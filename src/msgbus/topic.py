@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,10 +11,13 @@ from typing import Any, Generic, TypeVar, overload
 
 from typing_extensions import TypeForm
 
+from msgbus.checks import takes
 from msgbus.contract.envelope import check_topic
 from msgbus.errors import ConfigurationError
 
 M = TypeVar("M")
+
+_MEDIA_TYPE = re.compile(r"(?=.{1,255}$)[!-.0-~]+/[!-.0-~][ -~]*")
 
 
 @dataclass(frozen=True, init=False, eq=True)
@@ -83,6 +87,21 @@ class Topic(Generic[M]):
     ) -> None:
         check_topic(name)
         place = f"Topic({name!r})"
+        for option, given, kind, words in (
+            ("version", version, int, "an int"),
+            ("shards", shards, int, "an int"),
+            ("retain", retain, timedelta, "a timedelta"),
+            ("content_type", content_type, str, "text"),
+            ("native", native, Mapping, "a mapping: name of a broker to its options"),
+        ):
+            if given is not None:
+                takes(f"{place}: {option}", given, kind, words)
+        for broker, options in (native or {}).items():
+            takes(f"{place}: native[{broker!r}]", options, Mapping, "a mapping of options")
+        if key is not None and not callable(key):
+            takes(f"{place}: key", key, str, "the name of a field, or a function of the message")
+        if content_type is not None and not _MEDIA_TYPE.fullmatch(content_type):
+            raise ConfigurationError(f"{place}: content_type {content_type!r}: type/subtype, at most 255 printable characters of ASCII")
         if version < 1:
             raise ConfigurationError(f"{place}: version counts from 1, not {version}")
         if shards is not None and not 1 <= shards <= 1024:

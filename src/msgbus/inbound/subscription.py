@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from typing_extensions import is_typeddict
 
 from msgbus.batch import Batch
+from msgbus.checks import takes
 from msgbus.context import Context, SyncContext
 from msgbus.contract.envelope import check_group, check_topic
 from msgbus.contract.idempotency import IdempotencyStore
@@ -54,7 +55,7 @@ _TAKES: dict[str, tuple[type, str]] = {
     "batch": (Batch, "msgbus.Batch(...)"),
     "publish_to": (Topic, "a Topic"),
 }
-"""What an option's value must be: not everyone runs a type checker."""
+"""What an option's value must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +101,7 @@ def register(topic: Topic[Any] | str, handler: Callable[..., Any], options: dict
             if name not in ("batch", "publish_to"):
                 raise ConfigurationError(f"{place}: {name}=None; leave it out for the default")
         elif name in _TAKES:
-            kind, words = _TAKES[name]
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise ConfigurationError(f"{place}: {name}={value!r}: takes {words}")
+            takes(f"{place}: {name}", value, *_TAKES[name])
         elif name == "idempotency" and value is not False and not isinstance(value, IdempotencyStore):
             raise ConfigurationError(f"{place}: idempotency={value!r}: takes a store, or False")
     checked = SubscriptionOptions(**options)
@@ -120,6 +119,8 @@ def register(topic: Topic[Any] | str, handler: Callable[..., Any], options: dict
             raise ConfigurationError(f"{place}: timeout must be positive, not {checked.timeout}")
     if checked.group is not None and checked.broadcast:
         raise ConfigurationError(f"{place}: group= beside broadcast=True; a broadcast has no group: every instance gets it")
+    if "start" in options and checked.broadcast:
+        raise ConfigurationError(f"{place}: start= beside broadcast=True; every instance gets what comes from now on")
     if checked.batch is not None and checked.publish_to is not None:
         raise ConfigurationError(f"{place}: publish_to on a batch handler; publish with context.publish instead")
     if checked.concurrency is not None and checked.concurrency < 1:
@@ -317,4 +318,6 @@ def place_of(handler: Callable[..., Any]) -> str:
 
 
 def _shown(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else "no annotation" if hint is inspect.Parameter.empty else str(hint)
+    if hint is inspect.Parameter.empty:
+        return "no annotation"
+    return hint.__name__ if isinstance(hint, type) else str(hint)

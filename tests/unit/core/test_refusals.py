@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import pytest
 from pydantic import BaseModel
 
-from msgbus import Batch, Bus, Context, Retry, Router, SyncContext, Topic
+from msgbus import Batch, BatchFailed, Bus, Context, Middleware, Retry, RetryLater, Router, SyncContext, Topic
 from msgbus.contract.adapter import Capability, Limits
 from msgbus.errors import (
     BusNotEntered,
@@ -173,6 +173,7 @@ REGISTERED: dict[str, Wrong] = {
     "batch as a number": Wrong(orders, good_batch, {"batch": 100}, ("batch=100", "Batch")),
     "publish_to as a name": Wrong(orders, good, {"publish_to": "others"}, ("publish_to='others'", "Topic")),
     "ordered as text": Wrong(keyed, good, {"ordered": "yes"}, ("ordered='yes'", "bool")),
+    "start beside broadcast": Wrong(orders, good, {"broadcast": True, "start": "earliest"}, ("start=", "from now on")),
     "broadcast as text": Wrong(orders, good, {"broadcast": "no"}, ("broadcast='no'", "bool")),
     "idempotency=True": Wrong(orders, good, {"idempotency": True}, ("idempotency=True", "store", "False")),
     **{
@@ -476,6 +477,28 @@ async def test_refused_at_the_call(name: str, many: bool) -> None:
         (lambda: Topic("a", Order, retain=timedelta(0)), "retain must be positive"),
         (lambda: Topic("a", None), "is no model"),
         (lambda: Topic("a", "Order"), "give the class itself"),
+        (lambda: Topic("a", Order, version="2"), "version='2': takes an int"),  # type: ignore[call-overload]
+        (lambda: Topic("a", Order, key="id", shards="8"), "shards='8': takes an int"),  # type: ignore[call-overload]
+        (lambda: Topic("a", Order, retain=60), "retain=60: takes a timedelta"),  # type: ignore[call-overload]
+        (lambda: Topic("a", Order, key=5), "key=5: takes the name of a field, or a function"),  # type: ignore[call-overload]
+        (lambda: Topic("a", Order, native="kafka"), "native='kafka': takes a mapping"),  # type: ignore[call-overload]
+        (lambda: Topic("a", Order, native={"kafka": 5}), "native['kafka']=5: takes a mapping"),  # type: ignore[dict-item]
+        (lambda: Topic("a", bytes, content_type=5), "content_type=5: takes text"),  # type: ignore[call-overload]
+        (lambda: Topic("a", bytes, content_type="png"), "'png': type/subtype"),
+        (lambda: Topic("a", bytes, content_type="image/png\nx: y"), "type/subtype"),
+        (lambda: Topic("a", bytes, content_type="x/" + "y" * 300), "at most 255"),
+        (lambda: Retry(max_age=60), "max_age=60: takes a timedelta"),  # type: ignore[arg-type]
+        (lambda: Batch(size="5"), "size='5': takes an int"),  # type: ignore[arg-type]
+        (lambda: Batch(wait=3), "wait=3: takes a timedelta"),  # type: ignore[arg-type]
+        (lambda: Bus(retry=3), "retry=3: takes msgbus.Retry"),  # type: ignore[arg-type]
+        (lambda: Bus(store="redis://"), "store='redis://': takes a store"),  # type: ignore[arg-type]
+        (lambda: Bus(middleware=Middleware()), "takes a list of msgbus.Middleware"),  # type: ignore[arg-type]
+        (lambda: Bus(middleware=[Middleware]), "takes instances of msgbus.Middleware"),  # type: ignore[list-item]
+        (lambda: Bus(routers=Router()), "takes a list of msgbus.Router"),  # type: ignore[arg-type]
+        (lambda: Bus(routers=["orders"]), "takes instances of msgbus.Router"),  # type: ignore[list-item]
+        (lambda: Bus(lifespan=5), "lifespan=5: takes a function"),  # type: ignore[arg-type]
+        (lambda: Bus("memory://").consumer("orders", group="g"), "topic='orders': takes a Topic"),  # type: ignore[arg-type]
+        (lambda: Bus("memory://").consumer(orders, group="g", window="3"), "window='3': takes an int"),  # type: ignore[arg-type]
         (lambda: Retry(attempts=0), "at least 1"),
         (lambda: Retry(attempts=True), "attempts=True"),
         (lambda: Retry(attempts="3"), "attempts='3'"),  # type: ignore[arg-type]
@@ -541,6 +564,53 @@ async def test_entering_twice_and_an_unknown_subscription() -> None:
     async with bus.running():
         with pytest.raises(NotFound, match=r"'nope'.*good"):
             bus.pause("nope")
+
+
+async def test_settings_of_another_kind_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dict in place of `Settings(...)`; and a mistyped variable, which settings made by hand do not excuse."""
+    with pytest.raises(ConfigurationError, match=r"settings=.*takes msgbus\.settings\.Settings"):
+        async with Bus("memory://", settings={"shards": 3}):  # type: ignore[arg-type]
+            pytest.fail("entered")
+    monkeypatch.setenv("MSGBUS_DRIAN_TIMEOUT", "5")
+    with pytest.raises(ConfigurationError, match="unknown setting MSGBUS_DRIAN_TIMEOUT"):
+        async with Bus("memory://", settings=Settings(shards=3)):
+            pytest.fail("entered")
+
+
+def test_a_handlers_words_say_what_they_take() -> None:
+    """A number is no time, a list names no members: the error of the run says so."""
+    with pytest.raises(TypeError, match=r"RetryLater\(after=5\): takes a timedelta"):
+        RetryLater(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"BatchFailed\(\[1\]\): takes a mapping"):
+        BatchFailed([1])  # type: ignore[arg-type]
+
+
+async def test_a_word_that_cannot_be_said_leaves_the_delivery_as_it_was() -> None:
+    """What `receive` and `retry` do not take is refused, and the delivery can still be settled."""
+    async with Bus("memory://", service="shop") as bus, bus.consumer(orders, group="g") as consumer:
+        await bus.publish(orders, Order(id="1"))
+        with pytest.raises(ConfigurationError, match="timeout=5: takes a timedelta"):
+            await consumer.receive(timeout=5)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="limit='3': takes an int"):
+            await consumer.receive(limit="3")  # type: ignore[arg-type]
+        (delivery,) = await consumer.receive(timeout=timedelta(seconds=5))
+        with pytest.raises(ValueError, match="must not be negative"):
+            await delivery.retry(after=timedelta(seconds=-1))
+        with pytest.raises(TypeError, match="takes a timedelta"):
+            await delivery.retry(after=5)  # type: ignore[arg-type]
+        await delivery.ack()
+
+
+async def test_a_parameter_without_annotation_is_named() -> None:
+    """`no annotation`, and no word of the inspecting library."""
+
+    async def two(order: Order, extra) -> None: ...  # type: ignore[no-untyped-def]
+
+    bus = Bus("memory://", service="shop")
+    bus.subscribe(orders)(two)
+    with pytest.raises(ConfigurationError, match=r"parameter 'extra' \(no annotation\)"):
+        async with bus:
+            pytest.fail("entered")
 
 
 @pytest.mark.parametrize("namespace", ["a b.", "é.", ".", "..", "amq.", "n" * 119 + "."])

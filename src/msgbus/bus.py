@@ -96,6 +96,7 @@ class Bus(Router, Publishes):
         for router in self._routers:
             takes("Bus(...): routers", router, Router, "instances of msgbus.Router")
         self._lifespan = lifespan
+        self._published: list[Topic[Any]] = []
         self._made: tuple[tuple[str, AdapterSettings], Adapter] | None = None  # kept: a private memory:// outlives being left
         self._scribe: Scribe | None = None
         self._runtime: Runtime | None = None
@@ -140,7 +141,12 @@ class Bus(Router, Publishes):
         return await runtime.publish_many(topic, messages, options)
 
     def publisher(self, topic: Topic[M], /) -> Publisher[M]:
-        """One topic's sending side. Can be made before the bus is entered."""
+        """One topic's sending side. Can be made before the bus is entered; the topic is then one of the program's, as a subscription's is:
+        declared on entering, and in `msgbus check`, `explain` and `topics export`.
+        """
+        takes("bus.publisher(...): topic", topic, Topic, "a Topic")
+        if topic not in self._published:
+            self._published.append(topic)
         return Publisher(self, topic)
 
     @overload
@@ -295,6 +301,7 @@ class Bus(Router, Publishes):
             adapter,
             service=self._service or settings.service,
             subscriptions=self._all_subscriptions(),
+            published=self._published,
             retry=self._retry,
             store=self._store,
             middleware=self._middleware,
@@ -331,7 +338,7 @@ class Bus(Router, Publishes):
             adapter,
             namespace=settings.namespace,
             service=self._service or settings.service,
-            topics=known_topics(self._all_subscriptions()),
+            topics=known_topics(self._all_subscriptions(), self._published),
             middleware=self._middleware,
         )
 

@@ -47,6 +47,7 @@ class Runtime:
         *,
         service: str | None,
         subscriptions: Sequence[Subscription],
+        published: Sequence[Topic[Any]] = (),
         retry: Retry,
         store: IdempotencyStore | None,
         middleware: Sequence[Middleware],
@@ -66,7 +67,7 @@ class Runtime:
         self.namespace = settings.namespace
         self.publish_timeout = settings.publish_timeout.total_seconds()
         self.close_timeout = settings.close_timeout.total_seconds() / 5  # a step: runs, what they leave, receivers, publishes, adapter
-        self.topics = known_topics(subscriptions)
+        self.topics = known_topics(subscriptions, published)
         self.defaults = Defaults(service=service, namespace=settings.namespace, concurrency=settings.concurrency, retry=retry, store=store)
         self.subscriptions = tuple(subscriptions)
         self.plans: list[Plan] = []

@@ -48,11 +48,11 @@ def say(text: str, style: str = "") -> None:
     err().print(Text(text, style=style), soft_wrap=True)
 
 
-def show(*parts: RenderableType) -> None:
-    """Tables and lines on stdout; an empty line behind each table."""
+def show(*parts: RenderableType, wrapped: bool = True) -> None:
+    """Tables and lines on stdout; an empty line behind each table. Not `wrapped`: a line stays one, however long."""
     console = out()
     for part in parts:
-        console.print(part)
+        console.print(part, soft_wrap=not wrapped)
         if isinstance(part, Table):
             console.print()
 

@@ -61,6 +61,8 @@ async def _run(bus: Bus, as_json: bool) -> None:
         description = await describe(runtime, broker_shown(bus), asked=True)
     if as_json:
         show_json(asdict(description), indent=None)
+    elif not out().is_terminal:  # a log, where tables are in the way: `msgbus explain` has them
+        show(tables.header(description), *tables.in_lines(description.subscriptions), *tables.warnings(description.warnings), wrapped=False)
     else:
         show(
             tables.header(description),

@@ -71,6 +71,17 @@ def subscriptions(found: Sequence[SubscriptionFacts], width: int) -> RenderableT
     return made
 
 
+def in_lines(found: Iterable[SubscriptionFacts]) -> list[RenderableType]:
+    """What runs, a line each: for logs."""
+    return [
+        Text(
+            f"{one.topic} → {one.group or '(broadcast)'}: {one.handler} ({one.model}), {_at_once(one)} at once, order: {_order(one)}; "
+            f"{one.retry}, then {one.dead_letters or 'logged'}; idempotency: {one.idempotency or 'off'}"
+        )
+        for one in found
+    ]
+
+
 def begins(found: Iterable[SubscriptionFacts]) -> RenderableType:
     """Where each group begins."""
     made = table("Where each begins", "subscription", "topic", "group", "begins")

@@ -69,7 +69,7 @@ class Defaults:
 def known_topics(subscriptions: Iterable[Subscription], others: Iterable[Topic[Any]] = ()) -> dict[str, Topic[Any]]:
     """The bus's Topics by name. Two unequal ones of one name are refused."""
     found: dict[str, Topic[Any]] = {}
-    mentions: list[tuple[Topic[Any], str]] = [(topic, "publish") for topic in others]
+    mentions: list[tuple[Topic[Any], str]] = [(topic, f"bus.publisher({topic.name!r})") for topic in others]
     for subscription in subscriptions:
         if isinstance(subscription.topic, Topic):
             mentions.append((subscription.topic, subscription.place))

@@ -96,10 +96,10 @@ LIFESPAN = """
 
 
 @contextmanager
-def running(*arguments: str, here: Path) -> Iterator[subprocess.Popen[str]]:
+def running(*arguments: str, here: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """The command as a process that does not outlive the test."""
     command = [sys.executable, "-m", "msgbus", "run", *arguments]
-    environment = {**os.environ, "COLUMNS": "140"}
+    environment = {**os.environ, "COLUMNS": "140", **variables}
     with subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -126,11 +126,28 @@ def test_a_signal_drains_and_exits_0(number: signal.Signals, here: Path, write: 
     assert process.returncode == 0, err
     assert (here / "finished").exists()
     assert (here / "lifespan-left").exists()
+    lines = out.splitlines()  # stdout is no terminal: a line for each thing, no tables
+    assert "billing on memory://" in lines[0]
+    assert "orders → billing: app.invoice" in lines[1]
+    assert "orders.billing.dead" in lines[1]
+    assert all(line.startswith("! ") for line in lines[2:])
+    assert "│" not in out
+    assert "INFO msgbus: stopping: what runs may finish" in err
+    assert err.endswith("stopped\n")
+
+
+def test_a_terminal_is_shown_tables(here: Path, write: Write) -> None:
+    """What runs, and with which guarantees."""
+    write("app", AT_WORK)
+    (here / "go-on").touch()
+    with running("app:bus", "--url", "memory://", here=here, FORCE_COLOR="1") as process:
+        wait_for(here / "finished")
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
     assert "app.invoice" in out
     assert "orders.billing.dead" in out
     assert "Guarantees on this broker" in out
-    assert "INFO msgbus: stopping: what runs may finish" in err
-    assert err.endswith("stopped\n")
 
 
 def test_a_second_signal_ends_it_now(here: Path, write: Write) -> None:

@@ -169,3 +169,32 @@ def test_an_adapter_that_cannot_export_is_said_to_be_one(invoke: Invoke, write: 
     said = invoke("topics", "export", "program")
     assert (said.code, said.out) == (1, "")
     assert "instead: topology=create" in said.err
+
+
+PUBLISHES = """
+from msgbus import Bus, Topic
+
+bus = Bus(service="web")
+out = bus.publisher(Topic("orders", dict[str, object], key="order_id", shards=3))
+"""
+
+
+def test_a_topic_that_is_only_published_to_is_known_by_its_publisher(write: Write, invoke: Invoke, url: str) -> None:
+    """As the topic of a subscription is: listed, explained, checked, and declared when the bus is entered."""
+    write("web", PUBLISHES)
+    (topic,) = json.loads(invoke("topics", "list", "web", "--url", url, "--json").out)
+    assert (topic["name"], topic["key"], topic["shards"], topic["shards_at_broker"]) == ("orders", "order_id", 3, None)
+    assert [each["name"] for each in json.loads(invoke("explain", "web", "--url", url, "--json").out)["topics"]] == ["orders"]
+    assert "0 subscriptions, 1 topics" in invoke("check", "web", "--url", url).out
+
+    async def enter() -> None:
+        bus = Bus(url, service="web")
+        bus.publisher(orders)
+        bus.publisher(orders)
+        async with bus:
+            pass
+
+    asyncio.run(enter())
+    said = invoke("check", "web", "--url", url)  # which says 3
+    assert said.code == 1
+    assert "expected 3 shards, found 8" in said.err

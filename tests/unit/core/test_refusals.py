@@ -497,6 +497,7 @@ async def test_refused_at_the_call(name: str, many: bool) -> None:
         (lambda: Bus(routers=Router()), "takes a list of msgbus.Router"),  # type: ignore[arg-type]
         (lambda: Bus(routers=["orders"]), "takes instances of msgbus.Router"),  # type: ignore[list-item]
         (lambda: Bus(lifespan=5), "lifespan=5: takes a function"),  # type: ignore[arg-type]
+        (lambda: Bus("memory://").publisher("orders"), "topic='orders': takes a Topic"),  # type: ignore[arg-type]
         (lambda: Bus("memory://").consumer("orders", group="g"), "topic='orders': takes a Topic"),  # type: ignore[arg-type]
         (lambda: Bus("memory://").consumer(orders, group="g", window="3"), "window='3': takes an int"),  # type: ignore[arg-type]
         (lambda: Retry(attempts=0), "at least 1"),

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-from tenacity import wait_fixed
 from tests.differential.model import MAX_REDRIVES, GroupState, Model, last_steps
-from tests.differential.program import Group, Halt, Plan, Program, Publish, Redrive, Settle, Start
+from tests.differential.process import Log, Sent, Work, process
+from tests.differential.program import Discard, Forget, Halt, Pause, Program, Publish, Purge, Redrive, Replay, Settle, Start, Step
 from tests.differential.trace import GroupTrace, Run, Trace
 
-from msgbus import Batch, BatchFailed, Bus, Context, Drop, Reject, Retry, RetryLater, Topic
+from msgbus import Bus, Topic
 from msgbus.contract.adapter import HasDepth
+from msgbus.dead_letters import DeadLetter
 from msgbus.errors import UnsupportedFeature
 from msgbus.publishing import PublishManyOptions
 from msgbus.testing.stage import Broker, Stage, Worker, opened
@@ -32,125 +33,14 @@ Letter = tuple[int, tuple[str, int, int]]
 """A dead letter: message, and reason, attempts, redrives."""
 
 TOPIC = "work"
-SHORT = 0.01
-"""Seconds between two runs."""
+MOMENT = 0.002
+"""Seconds between a publish and what came before it, where a moment is to tell them apart."""
+HISTORY = timedelta(hours=1)
 LOOK_AGAIN = 0.003
 """Seconds between two looks at what nobody announces."""
 CLOCKS = 0.002
 """Seconds that clocks may differ in how they round a delay."""
 EXPIRIES = {"never": None, "at once": timedelta(microseconds=1), "in a minute": timedelta(minutes=1)}
-
-
-class Sent(BaseModel):
-    """A message as the publisher sees it: it can write what no handler can read."""
-
-    n: int
-    key: str | None
-    plans: tuple[Plan, ...] | str
-
-
-class Work(BaseModel):
-    """A message as handlers see it."""
-
-    n: int
-    key: str | None
-    plans: tuple[Plan, ...]
-
-
-class GivenUp(Exception):
-    """What the groups' policy gives up on at once."""
-
-
-@dataclass
-class Log:
-    """What handlers of one group have seen, all its processes together."""
-
-    ended: list[tuple[Run, str | None, bool]] = field(default_factory=list[tuple[Run, str | None, bool]])
-    """Runs in the order they ended: message and attempt, key, whether it was the message's last."""
-    started: int = 0
-    first_start: dict[int, float] = field(default_factory=dict[int, float])
-    rounds: Counter[int] = field(default_factory=Counter[int])
-    """By message: how often a run ended it."""
-    overlaps: list[str] = field(default_factory=list[str])
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-
-    async def until(self, true: Callable[[], bool], seconds: float) -> bool:
-        """Waits for `true` to become so, at most so long; whether it has."""
-        try:
-            async with asyncio.timeout(seconds), self.changed:
-                await self.changed.wait_for(true)
-        except TimeoutError:
-            return true()  # both may have come together
-        return True
-
-    async def tell(self) -> None:
-        """Something has changed."""
-        async with self.changed:
-            self.changed.notify_all()
-
-
-@dataclass
-class Handler:
-    """A group's handler in one process."""
-
-    index: int
-    group: Group
-    log: Log
-    running: dict[str, int] = field(default_factory=dict[str, int])
-
-    async def one(self, message: Work, context: Context) -> None:
-        """Message by message."""
-        error = await self._run(message, context)
-        if error is not None:
-            raise error
-
-    async def many(self, messages: list[Work], contexts: list[Context]) -> None:
-        """In batches, whose members run side by side."""
-        found = await asyncio.gather(*(self._run(message, context) for message, context in zip(messages, contexts, strict=True)))
-        errors = {index: error for index, error in enumerate(found) if error is not None}
-        if errors:
-            raise BatchFailed(errors)
-
-    async def _run(self, message: Work, context: Context) -> Exception | None:
-        """One run, as the message's plan for this group has it: what the handler raises, if anything."""
-        log, plan, attempt, key = self.log, message.plans[self.index], context.attempt, message.key
-        log.started += 1
-        log.first_start.setdefault(message.n, asyncio.get_running_loop().time())
-        if key is not None and self.group.handling != "unordered":
-            if key in self.running:
-                log.overlaps.append(f"{message.n} of key {key} began while {self.running[key]} ran")
-            self.running[key] = message.n
-        try:
-            if plan.takes_ms:
-                await asyncio.sleep(plan.takes_ms / 1000)
-        finally:
-            if key is not None:
-                self.running.pop(key, None)
-        last = attempt > len(plan.failures) or attempt >= self.group.attempts
-        log.ended.append(((message.n, attempt), key, last))
-        log.rounds[message.n] += last
-        await log.tell()
-        return _error(plan, attempt)
-
-
-def _error(plan: Plan, attempt: int) -> Exception | None:
-    match plan.failures[attempt - 1] if attempt <= len(plan.failures) else plan.end:
-        case "done":
-            return None
-        case "drop":
-            return Drop("nothing to do")
-        case "reject":
-            return Reject("never")
-        case "give up":
-            return GivenUp("no more")
-        case "too late":
-            return RetryLater(timedelta(hours=1))
-        case "error":
-            return RuntimeError("failed")
-        case "later":
-            return RetryLater(timedelta(seconds=2 * SHORT))
-        case "later by policy":
-            return RetryLater()
 
 
 class Interpreter:
@@ -161,14 +51,20 @@ class Interpreter:
         self._stage = stage
         self._publisher = publisher
         self._seconds = seconds
-        key = "key" if program.kind == "keyed" else None
-        self._outgoing = Topic(TOPIC, Sent, key=key, priorities=program.kind == "ranked")
-        self._incoming = Topic(TOPIC, Work, key=key, priorities=program.kind == "ranked")
+        options: dict[str, Any] = {
+            "key": "key" if program.kind == "keyed" else None,
+            "priorities": program.kind == "ranked",
+            "retain": HISTORY if program.retain else None,
+        }
+        self._outgoing = Topic(TOPIC, Sent, **options)
+        self._incoming = Topic(TOPIC, Work, **options)
         self._model = Model(program)
         self._logs = [Log() for _ in program.groups]
         self._letters: list[list[Letter]] = [[] for _ in program.groups]
         """Dead letters as last seen, when all else was settled: looking again at once is more than every broker can do."""
         self._processes: list[list[Worker]] = [[] for _ in program.groups]
+        self._moments: list[float] = []
+        """Before each publish, where there is history."""
         self._not_before: dict[int, float] = {}
         self._problems: list[str] = []
 
@@ -189,12 +85,13 @@ class Interpreter:
 
     # ------------------------------------------------------------ steps
 
-    async def _step(self, step: Publish | Start | Halt | Settle | Redrive) -> None:
+    async def _step(self, step: Step) -> None:
         match step:
             case Publish():
                 await self._publish(step)
             case Start(group):
-                self._processes[group].append(await self._stage.start(self._bus(group)))
+                bus = process(self._stage, self._incoming, group, self._program.groups[group], self._logs[group])
+                self._processes[group].append(await self._stage.start(bus))
             case Halt(group, kill, after):
                 log = self._logs[group]
                 begun = log.started + after
@@ -202,19 +99,55 @@ class Interpreter:
                     await log.until(lambda: log.started >= begun or self._all_ended(self._model.states[group]), 0.2)
                 worker = self._processes[group].pop(0)
                 await (worker.kill() if kill else worker.stop())
+            case Pause(group):
+                for worker in self._processes[group][:1]:
+                    for runner in worker.bus.runners:
+                        worker.bus.pause(runner.plan.name)
+            case Redrive() | Discard():
+                await self._settle()
+                if self._model.may(step) and not self._problems:
+                    await self._letters_of(step)
+            case Purge() | Replay() | Forget():
+                if self._model.may(step):
+                    await self._operate(step)
             case Settle():
                 pass
-            case Redrive(group):
-                await self._settle()
-                if self._processes[group] and not self._problems:
-                    may_go = sum(redrives < MAX_REDRIVES for _, (_, _, redrives) in self._letters[group])
-                    dead = self._publisher.dead_letters(TOPIC, group=self._program.groups[group].name)
-                    sent = await dead.redrive(limit=may_go)
-                    if sent != may_go:
-                        self._problems.append(f"{sent} dead letters of {may_go} were redriven")
         self._model.step(step)
         if isinstance(step, Settle):
             await self._settle()
+
+    async def _letters_of(self, step: Redrive | Discard) -> None:
+        def chosen(n: int, redrives: int) -> bool:
+            return not (step.even and n % 2) and (isinstance(step, Discard) or redrives < MAX_REDRIVES)
+
+        def where(letter: DeadLetter) -> bool:
+            return chosen(json.loads(letter.body)["n"], letter.redrives)
+
+        expected = len([1 for n, (_, _, redrives) in self._letters[step.group] if chosen(n, redrives)])
+        dead = self._publisher.dead_letters(TOPIC, group=self._program.groups[step.group].name)
+        if isinstance(step, Redrive):
+            moved = await dead.redrive(where=where, limit=expected)
+        else:  # it looks for a second whether there are more
+            moved = await dead.purge(where=where) if expected else 0
+        if moved != expected:
+            self._problems.append(f"{moved} dead letters of {expected} were moved")
+
+    async def _operate(self, step: Purge | Replay | Forget) -> None:
+        adapter: Any = self._publisher.runtime.adapter
+        state = self._model.states[step.group]
+        waiting = sum(not (owed.settled or owed.maybe or owed.delayed) for owed in state.owed.values())
+        where = self._stage.name(TOPIC), state.group.name
+        match step:
+            case Purge():
+                found = await adapter.purge(*where)
+                if found < waiting:
+                    self._problems.append(f"{found} messages were purged, and {waiting} waited")
+            case Replay(_, publishes):
+                since = self._moments[-publishes] if publishes <= len(self._moments) else 0.0
+                await adapter.replay(*where, since)
+            case Forget():
+                if not await adapter.drop_group(*where):
+                    self._problems.append("there is no group to be dropped")
 
     async def _publish(self, step: Publish) -> None:
         sent = [Sent(n=message.n, key=message.key, plans=message.plans if message.readable else "unreadable") for message in step.messages]
@@ -225,34 +158,24 @@ class Interpreter:
             self._not_before.update({message.n: due for message in sent})
         if self._program.kind == "ranked":
             options["priority"] = step.priority
+        if self._program.retain:
+            await asyncio.sleep(MOMENT)
+            self._moments.append(time.time())
+            await asyncio.sleep(MOMENT)
         if step.many:
             await self._publisher.publish_many(self._outgoing, sent, **options)
         else:
             for message in sent:
                 await self._publisher.publish(self._outgoing, message, id=f"{self._stage.namespace}{message.n}", **options)
 
-    def _bus(self, index: int) -> Bus:
-        group = self._program.groups[index]
-        bus = self._stage.bus(service=group.name)
-        handler = Handler(index, group, self._logs[index])
-        options: dict[str, Any] = {
-            "retry": Retry(attempts=group.attempts, wait=wait_fixed(SHORT), give_up_on=(GivenUp,)),
-            "concurrency": group.concurrency,
-            "ordered": group.handling != "unordered",
-        }
-        if group.handling == "skipping":
-            options["on_failure"] = "skip"
-        if group.batch:
-            bus.subscribe(self._incoming, batch=Batch(group.batch), **options)(handler.many)
-        else:
-            bus.subscribe(self._incoming, **options)(handler.one)
-        return bus
-
     # ------------------------------------------------------------ waiting
 
     async def _settle(self) -> None:
         """Until every group with a process has ended what it owes, and the broker has nothing left for it. What is missing is a problem."""
         deadline = asyncio.get_running_loop().time() + self._seconds
+        for worker in (worker for workers in self._processes for worker in workers):
+            for runner in worker.bus.runners:
+                worker.bus.resume(runner.plan.name)
         for state in self._model.states:
             if self._processes[state.index]:
                 await self._settle_group(state, deadline)
@@ -271,8 +194,8 @@ class Interpreter:
 
         async def without_letter() -> list[int]:
             self._letters[state.index] = await self._dead(state)
-            letters = {n for n, _ in self._letters[state.index]}
-            return sorted(n for n, owed in state.owed.items() if owed.letter and not owed.maybe and n not in letters)
+            letters = Counter(n for n, _ in self._letters[state.index])
+            return sorted(n for n, owed in state.owed.items() if not owed.maybe and letters[n] < len(owed.letters))
 
         missing = await _until_empty(without_letter, deadline)
         if missing:
@@ -295,7 +218,7 @@ class Interpreter:
         try:
             letters = [letter async for letter in self._publisher.dead_letters(TOPIC, group=state.group.name).list()]
         except UnsupportedFeature:  # it cannot be looked at without taking it
-            letters = await self._stage.dead_letters(sum(1 for owed in state.owed.values() if owed.letter), TOPIC, group=state.group.name)
+            letters = await self._stage.dead_letters(sum(len(owed.letters) for owed in state.owed.values()), TOPIC, group=state.group.name)
         return [(int(json.loads(letter.body)["n"]), (letter.reason, letter.attempts, letter.redrives)) for letter in letters]
 
     # ------------------------------------------------------------ what was seen
@@ -348,6 +271,11 @@ async def _until_empty(look: Callable[[], Awaitable[T]], deadline: float) -> T:
         if not found or asyncio.get_running_loop().time() >= deadline:
             return found
         await asyncio.sleep(LOOK_AGAIN)
+
+
+def fitting(program: Program, broker: Broker) -> Program:
+    """The program, or the same without history, which RabbitMQ does not keep."""
+    return replace(program, retain=False) if broker.url.startswith("amqp") else program
 
 
 def exact_moves(broker: Broker) -> bool:

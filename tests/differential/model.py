@@ -1,9 +1,11 @@
 """The model: what must come of a program, on any broker. This is the specification; it knows nothing of how it is done.
 
-C1, C2: a group is owed everything that was published since it was declared, the topic's first group what was published before, too.
+C1, C2: a group is owed everything that was published since it was declared, the topic's first group what was published before, too,
+and a later one as well if the topic keeps its history; not if it begins at the latest.
 C2, C8: each message is run until a run ends it, at most `attempts` times, and is then done, dropped, or a dead letter with its reason.
 C4: an ordered group completes a key's messages in the order published, those with a delay excepted; one that skips, those that do not fail.
 C6: nothing is repeated, unless a process is killed, or comes or goes while the group has work in hand.
+Operators: what is purged, and what waits for a group that is dropped, is not run; what is replayed is run once more.
 """
 
 from __future__ import annotations
@@ -12,7 +14,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.differential.program import Group, Halt, Message, Plan, Program, Publish, Redrive, Settle, Start
+from tests.differential.program import (
+    Discard,
+    Forget,
+    Group,
+    Halt,
+    Message,
+    Pause,
+    Plan,
+    Program,
+    Publish,
+    Purge,
+    Redrive,
+    Replay,
+    Settle,
+    Start,
+)
 from tests.differential.trace import GroupTrace, Run, Trace
 
 MAX_REDRIVES = 3
@@ -52,13 +69,24 @@ class Owed:
     fate: Fate
     delayed: bool
     maybe: bool = False
-    rounds: int = 1
-    """How often it is taken to its end: once, and once more for each redrive."""
+    rounds: int = 0
+    """How often it is taken to its end: once, and once more for each redrive and replay."""
+    settled: bool = False
+    """Whether it came to its end as often."""
+    letters: list[int] = field(default_factory=list[int])
+    """Its dead letters, those that it is going to have among them: how often each was redriven."""
 
     @property
-    def letter(self) -> tuple[str, int, int] | None:
-        """Its dead letter, if it has one."""
-        return None if self.fate.reason is None else (self.fate.reason, self.fate.runs, self.rounds - 1)
+    def dead(self) -> tuple[tuple[str, int, int], ...]:
+        """Its dead letters: reason, attempts, redrives."""
+        return tuple((self.fate.reason or "", self.fate.runs, redrives) for redrives in sorted(self.letters))
+
+    def owe(self, redrives: int) -> None:
+        """Once more, after so many redrives."""
+        self.rounds += 1
+        self.settled = False
+        if self.fate.reason is not None:
+            self.letters.append(redrives)
 
 
 @dataclass
@@ -69,6 +97,8 @@ class GroupState:
     index: int
     declared: bool = False
     processes: int = 0
+    at_rest: bool = False
+    """It has no process, and all was settled when the last one was stopped."""
     owed: dict[int, Owed] = field(default_factory=dict[int, Owed])
     busy: bool = False
     """It is owed something that it may not have settled yet."""
@@ -90,21 +120,38 @@ class Model:
 
     def __init__(self, program: Program) -> None:
         self.states = [GroupState(group, index) for index, group in enumerate(program.groups)]
-        self._published: list[tuple[Message, Publish]] = []
+        self._retain = program.retain
+        self._had_group = False
+        self._published: list[Publish] = []
 
     # ------------------------------------------------------------ steps
+
+    def may(self, step: Discard | Redrive | Purge | Replay | Forget) -> bool:
+        """Whether an operator does this, or leaves it because it could not be said what comes of it."""
+        state = self.states[step.group]
+        match step:
+            case Redrive():  # of two dead letters of one message a call takes one
+                return state.processes > 0 and all(len(owed.letters) < 2 for owed in state.owed.values())
+            case Discard():
+                return state.processes > 0 and not (state.killed or state.disturbed)
+            case Purge():
+                return state.at_rest
+            case Replay():
+                return self._retain and state.at_rest
+            case Forget():
+                return state.at_rest and any(other.declared for other in self.states if other is not state)
 
     def step(self, step: object) -> None:
         """What a step does."""
         match step:
-            case Publish(messages):
-                for message in messages:
-                    self._published.append((message, step))
-                    for state in self.states:
-                        if state.declared:
-                            self._owe(state, message, step)
+            case Publish():
+                self._published.append(step)
+                for state in self.states:
+                    if state.declared:
+                        self._owe(state, [step])
             case Start(group):
                 state = self.states[group]
+                state.at_rest = False
                 if not state.declared:
                     self._declare(state)
                 elif state.busy:
@@ -115,35 +162,79 @@ class Model:
                 state.processes -= 1
                 state.killed |= kill
                 state.disturbed |= state.busy
+                state.at_rest = not (state.processes or kill or state.busy)
             case Settle():
                 for state in self.states:
                     if state.processes:
                         state.busy = False
-            case Redrive(group):
+                        for owed in state.owed.values():
+                            owed.settled = True
+            case Pause():
+                pass
+            case Redrive(group) | Discard(group):
                 self.step(Settle())
-                state = self.states[group]
-                if state.processes:
-                    for owed in state.owed.values():
-                        if owed.letter is not None and owed.rounds <= MAX_REDRIVES:
-                            owed.rounds += 1
-                            state.busy = True
+                if self.may(step):
+                    self._move_letters(self.states[group], step)
+            case Purge(group) if self.may(step):
+                self._take_away(self.states[group])
+            case Replay(group, publishes) if self.may(step):
+                self._owe(self.states[group], self._published[-publishes:])
+                for owed in self.states[group].owed.values():  # it may have been due since
+                    owed.maybe |= owed.delayed and any(owed.message in one.messages for one in self._published[:-publishes])
+            case Forget(group) if self.may(step):
+                self._take_away(self.states[group])
+                self.states[group].declared = self.states[group].at_rest = False
+            case Purge() | Replay() | Forget():
+                pass
             case _:
                 raise TypeError(step)
 
     def _declare(self, state: GroupState) -> None:
-        first = not any(other.declared for other in self.states)
-        state.declared = True
-        for message, step in self._published:
-            if first:
-                self._owe(state, message, step)
-            elif step.delay_ms:
-                self._owe(state, message, step, maybe=True)
+        earliest = state.group.start == "earliest" and (self._retain or not self._had_group)
+        waits = [one for one in self._published if one.delay_ms]
+        self._owe(state, self._published if earliest else waits)
+        if self._had_group or not earliest:  # what is delayed may or may not be older
+            for message in (message for one in waits for message in one.messages if message.n in state.owed):
+                state.owed[message.n].maybe = True
+        state.declared = self._had_group = True
 
     @staticmethod
-    def _owe(state: GroupState, message: Message, step: Publish, *, maybe: bool = False) -> None:
-        if step.expires != "at once":
-            state.owed[message.n] = Owed(message, fate(message, message.plans[state.index], state.group.attempts), step.delay_ms > 0, maybe)
-        state.busy = True
+    def _owe(state: GroupState, publishes: Iterable[Publish]) -> None:
+        """Once more what it has settled, and what it does not have: in the order published, after all that it completed before."""
+        done = {n: owed for n, owed in state.owed.items() if owed.settled or owed.rounds > 1}
+        for step in publishes:
+            state.busy = True
+            for message in step.messages:
+                owed = state.owed.get(message.n)
+                if owed is None and step.expires != "at once":
+                    ends = fate(message, message.plans[state.index], state.group.attempts)
+                    owed = state.owed[message.n] = Owed(message, ends, step.delay_ms > 0, settled=True)
+                if owed is not None and owed.settled:
+                    owed.owe(0)
+        state.owed = done | dict(sorted(state.owed.items()))
+
+    @staticmethod
+    def _move_letters(state: GroupState, step: Redrive | Discard) -> None:
+        for owed in state.owed.values():
+            if step.even and owed.message.n % 2:
+                continue
+            if isinstance(step, Discard):
+                owed.letters = []
+            elif owed.letters and owed.letters[0] < MAX_REDRIVES:
+                owed.owe(owed.letters.pop() + 1)
+                state.busy = True
+
+    @staticmethod
+    def _take_away(state: GroupState) -> None:
+        """What waits; what is delayed may be due, and wait, or not."""
+        for n, owed in [*state.owed.items()]:
+            if not owed.settled:
+                owed.maybe |= owed.delayed
+                owed.rounds -= 1
+                owed.settled = True
+                del owed.letters[-1:]
+                if not owed.rounds and not owed.maybe:
+                    del state.owed[n]
 
     # ------------------------------------------------------------ what must be seen
 
@@ -158,7 +249,9 @@ class Model:
             for owed in sure
             if owed.fate.runs
         }
-        dead = {owed.message.n: ((letter[0], letter[1], -1 if repeats else letter[2]),) for owed in sure if (letter := owed.letter)}
+        dead = {owed.message.n: owed.dead for owed in sure if owed.dead}
+        if repeats:
+            dead = {n: tuple((reason, attempts, -1) for reason, attempts, _ in letters[:1]) for n, letters in dead.items()}
         in_order = self.in_order(state)
         order = _by_key((owed.message.key, owed.message.n) for owed in in_order)
         sequence: dict[str, tuple[Run, ...]] = {}
@@ -176,7 +269,7 @@ class Model:
         """What must be completed in the order published, a key."""
         if not state.ordered:
             return []
-        skips = state.group.handling == "skipping"
+        skips = state.group.handling in ("skipping", "pulled")
         return [
             owed
             for owed in state.owed.values()

@@ -1,22 +1,17 @@
-"""Programs as plain data: what a user does with a topic and its groups, step by step; and a strategy that draws them."""
+"""Programs as plain data: what a user does with a topic and its groups, step by step."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
-
-from hypothesis import strategies as st
 
 Kind = Literal["keyed", "plain", "ranked"]
 Failure = Literal["error", "later", "later by policy"]
 End = Literal["done", "drop", "reject", "give up", "too late"]
-Handling = Literal["ordered", "skipping", "unordered"]
+Handling = Literal["ordered", "skipping", "unordered", "pulled"]
+Beginning = Literal["earliest", "latest"]
 Expiry = Literal["never", "at once", "in a minute"]
 Level = Literal["high", "normal", "low"]
-
-MOST_KILLS = 3
-"""Of one group in a program: fewer than make a message a suspect of killing its process for good (`max_deliveries` is 5)."""
 
 GROUP_NAMES = ("billing", "audit")
 
@@ -50,17 +45,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Group:
-    """How one group subscribes. `batch` 0: message by message."""
+    """How one group subscribes. `batch` 0: message by message. `pulled`: it has no handler, and asks for messages."""
 
     name: str
     handling: Handling = "unordered"
     attempts: int = 3
     concurrency: int = 4
     batch: int = 0
+    start: Beginning = "earliest"
 
     def __str__(self) -> str:
         batch = f", in batches of {self.batch}" if self.batch else ""
-        return f"group {self.name}: {self.handling}, {self.attempts} attempts, concurrency {self.concurrency}{batch}"
+        start = ", from the latest" if self.start == "latest" else ""
+        return f"group {self.name}: {self.handling}, {self.attempts} attempts, concurrency {self.concurrency}{batch}{start}"
 
 
 @dataclass(frozen=True)
@@ -114,16 +111,74 @@ class Settle:
 
 
 @dataclass(frozen=True)
-class Redrive:
-    """Waits like `Settle`, then sends a group's dead letters back to it; nothing where the group has no process."""
+class Pause:
+    """Pauses the oldest process of a group, if it has one and handles messages, until the next time that all is to be settled."""
 
     group: int
 
     def __str__(self) -> str:
-        return f"settle, then redrive the dead letters of {GROUP_NAMES[self.group]}"
+        return f"pause a process of {GROUP_NAMES[self.group]}"
 
 
-Step = Publish | Start | Halt | Settle | Redrive
+@dataclass(frozen=True)
+class Redrive:
+    """Waits like `Settle`, then sends a group's dead letters back to it; nothing where it has no process, or two of one message."""
+
+    group: int
+    even: bool = False
+    """Only those of messages of an even number."""
+
+    def __str__(self) -> str:
+        return f"settle, then redrive {_letters(self.even)} of {GROUP_NAMES[self.group]}"
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Waits like `Settle`, then purges a group's dead letters; nothing where it has no process, or where some may come again."""
+
+    group: int
+    even: bool = False
+
+    def __str__(self) -> str:
+        return f"settle, then purge {_letters(self.even)} of {GROUP_NAMES[self.group]}"
+
+
+def _letters(even: bool) -> str:
+    return "the even dead letters" if even else "the dead letters"
+
+
+@dataclass(frozen=True)
+class Purge:
+    """Purges a group that is at rest: it has no process, and all was settled when the last one was stopped. Else nothing."""
+
+    group: int
+
+    def __str__(self) -> str:
+        return f"purge {GROUP_NAMES[self.group]}, if it is at rest"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Puts what the last so many publishes sent before a group at rest again."""
+
+    group: int
+    publishes: int
+
+    def __str__(self) -> str:
+        return f"replay the last {self.publishes} publishes to {GROUP_NAMES[self.group]}, if it is at rest"
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Drops a group at rest; nothing where the topic has no other one."""
+
+    group: int
+
+    def __str__(self) -> str:
+        return f"drop {GROUP_NAMES[self.group]}, if it is at rest and another one is there"
+
+
+Step = Publish | Start | Halt | Settle | Pause | Redrive | Discard | Purge | Replay | Forget
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,94 +188,14 @@ class Program:
     kind: Kind
     groups: tuple[Group, ...]
     steps: tuple[Step, ...]
+    retain: bool = False
+    """Whether the topic keeps its history."""
 
     def __repr__(self) -> str:
-        lines = [f"a {self.kind} topic", *map(str, self.groups), *(f"{number:2}. {step}" for number, step in enumerate(self.steps, 1))]
+        topic = f"a {self.kind} topic{' with history' if self.retain else ''}"
+        lines = [topic, *map(str, self.groups), *(f"{number:2}. {step}" for number, step in enumerate(self.steps, 1))]
         return "\n".join(["", *(f"    {line}" for line in lines), ""])
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """How Hypothesis shows it: as its steps."""
         printer.text(repr(self))
-
-
-# ---------------------------------------------------------------- drawing them
-
-
-def _plans(expires: Expiry) -> st.SearchStrategy[Plan]:
-    ends: tuple[End, ...] = ("done", "drop", "reject", "give up")
-    if expires == "in a minute":  # a next run in an hour comes too late for these alone
-        ends = (*ends, "too late")
-    failures: st.SearchStrategy[Failure] = st.sampled_from(("error", "later", "later by policy"))
-    mostly_good: st.SearchStrategy[tuple[Failure, ...]] = st.one_of(st.just(()), st.lists(failures, max_size=5).map(tuple))
-    return st.builds(Plan, mostly_good, st.one_of(st.just("done"), st.sampled_from(ends)), st.sampled_from((0, 1, 4)))
-
-
-@st.composite
-def _publishes(draw: st.DrawFn, kind: Kind, groups: int) -> Publish:
-    expires: Expiry = draw(st.sampled_from(("never", "never", "never", "in a minute", "at once")))
-    keys = st.sampled_from((*"aaabb", None)) if kind == "keyed" else st.none()
-    message = st.builds(Message, st.tuples(*[_plans(expires)] * groups), keys, st.integers(0, 9).map(lambda drawn: drawn < 9))
-    return Publish(
-        tuple(draw(st.lists(message, min_size=1, max_size=8))),
-        many=draw(st.booleans()),
-        delay_ms=draw(st.sampled_from((0, 0, 0, 0, 20, 60))),
-        expires=expires,
-        priority=draw(st.sampled_from(("normal", "high", "low"))) if kind == "ranked" else "normal",
-    )
-
-
-def _steps(kind: Kind, groups: int) -> st.SearchStrategy[Step | None]:
-    """One step; None, the simplest one, is left out."""
-    group = st.integers(0, groups - 1)
-    publish = _publishes(kind, groups)
-    halt = st.builds(Halt, group, st.booleans(), st.integers(0, 6))
-    start = st.builds(Start, group)
-    rest = st.one_of(st.builds(Settle), st.builds(Redrive, group))
-    return st.one_of(st.none(), publish, start, publish, start, publish, start, halt, halt, rest)
-
-
-@st.composite
-def programs(draw: st.DrawFn) -> Program:
-    """Any program. Its simplest form has one group, and no step."""
-    kind: Kind = draw(st.sampled_from(("plain", "keyed", "keyed", "keyed", "ranked")))
-    handling: tuple[Handling, ...] = ("unordered", "ordered", "ordered", "skipping") if kind == "keyed" else ("unordered",)
-    groups = tuple(
-        Group(
-            name,
-            draw(st.sampled_from(handling)),
-            attempts=draw(st.integers(1, 5)),
-            concurrency=draw(st.sampled_from((4, 1, 1, 16))),
-            batch=draw(st.sampled_from((0, 0, 3))),
-        )
-        for name in GROUP_NAMES[: draw(st.integers(1, len(GROUP_NAMES)))]
-    )
-    return Program(kind, groups, _sensible(draw(st.lists(_steps(kind, len(groups)), min_size=8, max_size=16)), calm=draw(st.booleans())))
-
-
-def _sensible(drawn: list[Step | None], *, calm: bool) -> tuple[Step, ...]:
-    """Gives each message its number, starts what is to be ended and is not there, leaves out third processes and too many kills.
-
-    `calm`: processes come and go only by drains and while all is settled, so that nothing at all may be repeated.
-    """
-    kept: list[Step] = []
-    count = 0
-    kills: Counter[int] = Counter()
-    processes: Counter[int] = Counter()
-    for step in drawn:
-        match step:
-            case Publish(messages):
-                kept.append(replace(step, messages=tuple(replace(message, n=count + i) for i, message in enumerate(messages))))
-                count += len(messages)
-            case Halt(group, kill) if processes[group]:
-                kill = kill and not calm and kills[group] < MOST_KILLS
-                processes[group] -= 1
-                kills[group] += kill
-                kept += [Settle()] * calm + [replace(step, kill=kill)]
-            case Start(group) | Halt(group) | Redrive(group) if processes[group] < (2 if isinstance(step, Start) else 1):
-                processes[group] += 1
-                kept += [Settle()] * calm + [Start(group)]
-            case Settle() | Redrive():
-                kept.append(step)
-            case _:
-                pass
-    return tuple(kept)

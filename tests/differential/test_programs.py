@@ -8,9 +8,10 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given
 from tests.differential.brokers import NAMES, broker_called
-from tests.differential.interpreter import exact_moves, run_program
+from tests.differential.drawing import programs
+from tests.differential.interpreter import exact_moves, fitting, run_program
 from tests.differential.model import expected
-from tests.differential.program import Program, programs
+from tests.differential.program import Program
 from tests.differential.trace import differences
 
 from msgbus.testing.stage import Broker
@@ -42,6 +43,7 @@ def try_programs(broker: Broker, seed: int, count: int, patience: float = PATIEN
     @given(program=programs())
     def all_of_them(program: Program) -> None:
         nonlocal seconds
+        program = fitting(program, broker)
         try:
             found = differences(run_program(program, broker, seconds), expected(program, exact_moves=exact_moves(broker)))
             assert not found, "\n".join([f"on {broker.url.partition(':')[0]}, seed {seed}:", *found])

@@ -39,9 +39,17 @@ class Connected:
         self.receivers: set[RabbitReceiver] = set()
 
     async def close(self) -> None:
-        """Receivers, then connections."""
-        await asyncio.gather(*(receiver.close() for receiver in list(self.receivers)), return_exceptions=True)
-        await asyncio.gather(*(link.close() for link in self.links))
+        """Receivers, then connections. Cut off, it ends them at once: what receivers still say has nobody to hear it."""
+        try:
+            await asyncio.gather(*(receiver.close() for receiver in list(self.receivers)), return_exceptions=True)
+            await asyncio.gather(*(link.close() for link in self.links))
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Ends the connections, for good."""
+        for link in self.links:
+            link.end()
 
 
 class RabbitAdapter(Adapter):
@@ -102,8 +110,7 @@ class RabbitAdapter(Adapter):
     def abandon(self) -> None:
         """What kill -9 of the process would do to its connections, for tests: nothing is flushed, acked or given back."""
         if self._connected is not None:
-            for link in self._connected.links:
-                link.abort()
+            self._connected.abandon()
 
     async def ping(self) -> None:
         """One round trip, or `BrokerUnavailable`."""

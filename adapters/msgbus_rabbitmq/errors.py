@@ -80,4 +80,4 @@ def is_locked(error: BrokerError) -> bool:
 
 def words(error: BaseException) -> str:
     """The error's text, or its name."""
-    return str(error) or type(error).__name__
+    return "the link was lost" if isinstance(error, asyncio.CancelledError) else str(error) or type(error).__name__

@@ -46,13 +46,17 @@ class KeyedReceiver(RabbitReceiver):
         if self.spec.quarantine:
             self.work = asyncio.create_task(self._one_by_one(), name="msgbus rabbitmq quarantine")
             return
+        await super().open()
+        self.work = asyncio.create_task(self._take_part(), name="msgbus rabbitmq shares")
+
+    async def begin(self) -> None:
+        """Among the members."""
         await self.hold.open(self.terms.link)
         await self._take_number(count())
         async with self.terms.ask(f"queue {self._crowd!r}") as channel:
             await channel.queue_declare(self._crowd, durable=True, auto_delete=True)
         await self.hold.consume(self._crowd)
-        await self.turn(self._adjust())
-        self.work = asyncio.create_task(self._take_part(), name="msgbus rabbitmq shares")
+        await self._adjust()
 
     def deaths(self, headers: Mapping[str, object]) -> int:
         """A close in good order counts too, as the order of the queue allows no other way to give back. But it is a nack, upon which the
@@ -75,9 +79,9 @@ class KeyedReceiver(RabbitReceiver):
             self.stop()
             await self.turn(self.hold.close())
 
-    async def close(self) -> None:
+    async def end(self) -> None:
         """Each shard goes back in order."""
-        await super().close()
+        await super().end()
         await self.hold.close()
         await asyncio.gather(*self._leaving.values())
 

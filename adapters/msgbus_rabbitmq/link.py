@@ -91,6 +91,11 @@ class Link:
                     await self._connection.close()
         self.abort()
 
+    def end(self) -> None:
+        """`abort`, and nobody opens it again."""
+        self._ended = True
+        self.abort()
+
     def abort(self) -> None:
         """As the death of the process would."""
         if self._transport.writer is not None:
@@ -104,16 +109,23 @@ class Asking:
         self._link = link
         self._one = asyncio.Lock()
         self._channel: Channel | None = None
+        self._spoilt: Channel | None = None
+        """Of a block that failed: an answer may still come to it. It ends before the next block."""
 
     @asynccontextmanager
     async def __call__(self, doing: str) -> AsyncGenerator[Channel, None]:
         """The channel. Raises msgbus's errors; a no that means something is the cause."""
         async with self._one:
+            if self._spoilt is not None:
+                with suppress(BrokerError):
+                    async with calling("closing a channel", CLOSE):
+                        await self._spoilt.close()
+                self._spoilt = None
             if self._channel is None or self._channel.is_closed:
                 self._channel = await self._link.channel(confirms=True)
             try:
                 async with calling(doing):
                     yield self._channel
             except BaseException:
-                self._channel = None
+                self._spoilt, self._channel = self._channel, None
                 raise

@@ -228,18 +228,23 @@ class RabbitReceiver(Receiver):
         self.work: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.buffer: deque[tuple[Hold, DeliveredMessage]] = deque()
-        self._closing, self._consuming = asyncio.Lock(), asyncio.Lock()
+        self._consuming = asyncio.Lock()
+        self._closing: asyncio.Task[None] | None = None
         self._closed = self._asking = False
         self._left = 0.0
         self._turning: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Consumes. Raises `BrokerUnavailable`, also where there is no such queue."""
+        await self.turn(self.begin())
+        if self.lends:
+            self.work = self._loop.create_task(self._watch(), name="msgbus rabbitmq watching")
+
+    async def begin(self) -> None:
+        """The calls of `open`."""
         self._queues = await self.queues()
         await self.hold.open(self.terms.link)
         await self._consume()
-        if self.lends:
-            self.work = self._loop.create_task(self._watch(), name="msgbus rabbitmq watching")
 
     async def queues(self) -> list[str]:
         """Those that it consumes."""
@@ -292,21 +297,26 @@ class RabbitReceiver(Receiver):
 
     async def close(self) -> None:
         """Whoever closes it first does; others wait for that. All that is left goes back at once, and so in order."""
-        async with self._closing:
-            if not self._closed:
-                self._closed = True
-                self.stop()
-                if self.work is not None:
-                    self.work.cancel()
-                await asyncio.gather(*(task for task in (self.work, self._turning) if task is not None), return_exceptions=True)
-                if self.lends:
-                    with suppress(BrokerError):  # what is lost is given back already
-                        await self._cancel()
-                await asyncio.gather(*(hold.close() for hold in list(self.holds)))
-                self.terms.closed(self)
+        if self._closing is None:
+            self._closing = self._loop.create_task(self.end(), name="msgbus rabbitmq closing")
+        await asyncio.shield(self._closing)  # as in `turn`
+
+    async def end(self) -> None:
+        """The calls of `close`."""
+        self._closed = True
+        self.stop()
+        if self.work is not None:
+            self.work.cancel()
+        await asyncio.gather(*(task for task in (self.work, self._turning) if task is not None), return_exceptions=True)
+        if self.lends:
+            with suppress(BrokerError):  # what is lost is given back already
+                await self._cancel()
+        await asyncio.gather(*(hold.close() for hold in list(self.holds)))
+        self.terms.closed(self)
 
     def turn(self, work: Coroutine[object, object, None]) -> asyncio.Future[None]:
-        """A call that is cut off ends its channel, and what is un-settled counts as a death: so our caller's end is not its end."""
+        """A call that is cut off ends its channel, and what is un-settled counts as a death; a word on it after that ends the connection,
+        and others' work with it. So our caller's end is not its end."""
 
         async def one_at_a_time() -> None:
             async with self._consuming:
@@ -387,7 +397,7 @@ class PrivateReceiver(RabbitReceiver):
                 await channel.queue_bind(name, exchange(layout.topic), layout.pattern(part))
         return [name]
 
-    async def close(self) -> None:
+    async def end(self) -> None:
         """Unbound first: what is on its way to a queue that ends is nacked, and its publisher would not know what became of it."""
         queues, self._queues = self._queues, []
         with suppress(BrokerError):
@@ -395,4 +405,4 @@ class PrivateReceiver(RabbitReceiver):
                 async with self.terms.ask(f"queue {name!r}") as channel:
                     for part in self.terms.layout.parts_of(self.spec.priority):
                         await channel.queue_unbind(name, exchange(self.spec.topic), self.terms.layout.pattern(part))
-        await super().close()
+        await super().end()

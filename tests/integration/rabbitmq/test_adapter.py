@@ -11,6 +11,7 @@ from tests.brokers import Server
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
 from msgbus.errors import PublishUnknown
+from msgbus.testing.stage import eventually
 from msgbus.urls import adapter_from_url
 from msgbus_rabbitmq import RabbitAdapter
 
@@ -76,6 +77,36 @@ async def test_who_is_cancelled_sees_it(adapter: RabbitAdapter) -> None:
             await asyncio.wait([asking], timeout=10)
             assert asking.cancelled()
     assert await adapter.groups(topic) == ["group"]
+
+
+@pytest.mark.parametrize("kind", ["group", "keyed", "private"])
+async def test_who_is_cancelled_harms_nobody(adapter: RabbitAdapter, kind: str) -> None:
+    """Whoever is cut off while it opens or closes a receiver, or asks, leaves no channel behind, and others their connection."""
+    topic, busy = f"t{new_id()}", f"t{new_id()}"
+    spec = ReceiverSpec(topic, None if kind == "private" else "group", exclusive=kind == "keyed")
+    await adapter.declare([TopicSpec(topic, keyed=kind == "keyed", shards=2), TopicSpec(busy)], [ReceiverSpec(topic, "group")])
+    await adapter.declare([], [ReceiverSpec(busy, "group")])
+    neighbour = await adapter.open_receiver(ReceiverSpec(busy, "group"))
+
+    async def passing() -> None:
+        receiver = await adapter.open_receiver(spec)
+        await receiver.close()
+        await adapter.declare([TopicSpec(busy)], [])
+
+    for tries in range(40):
+        task = asyncio.create_task(passing())
+        await asyncio.wait([task], timeout=tries * 0.0008)
+        task.cancel()
+        await asyncio.wait([task], timeout=10)
+        assert await neighbour.receive(1, 0.005) == []
+    assert adapter._connected is not None
+    receivers = adapter._connected.receivers
+    await eventually(lambda: receivers == {neighbour}, 20, "receivers to be closed in their own time")
+    await adapter.declare([TopicSpec(busy)], [])
+    channels = [len((await link.connection()).channels) for link in adapter._connected.links]
+    assert channels[0] == 0
+    assert channels[1] <= 2, "the neighbour's, and one for asking"
+    assert channels[2] == 1
 
 
 async def test_what_is_released_is_next_again(adapter: RabbitAdapter) -> None:

@@ -135,11 +135,14 @@ class RedisAdapter(Adapter):
         return risks
 
     async def close(self) -> None:
-        """Closes every receiver: what they held goes back, uncounted."""
+        """Closes every receiver: what they held goes back, uncounted. Cut off, it ends the connections at once."""
         sender, self._sender = self._sender, None
         if sender is not None:
-            await asyncio.gather(*(receiver.close() for receiver in list(self._receivers)))
-            await sender.topology.links.close()
+            try:
+                await asyncio.gather(*(receiver.close() for receiver in list(self._receivers)))
+                await sender.topology.links.close()
+            finally:
+                sender.topology.links.abort()
 
     def abandon(self) -> None:
         """What kill -9 of the process would do to its connections, for tests: nothing is flushed, acked or given back."""

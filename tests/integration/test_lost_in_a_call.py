@@ -17,6 +17,7 @@ from tests.torture.proxy import Proxy, proxy_before
 from msgbus.contract.adapter import Adapter, AdapterSettings, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
 from msgbus.errors import BrokerError
+from msgbus.testing.stage import eventually
 from msgbus.urls import adapter_from_url
 
 pytestmark = pytest.mark.timeout(300)
@@ -145,3 +146,19 @@ async def test_a_call_whose_link_is_lost(call: Callable[[Calls], Awaitable[objec
     finally:
         proxy.spares = None
         await adapter.close()
+
+
+async def test_a_close_that_is_cut_off(adapter: Adapter, proxy: Proxy) -> None:
+    """A bus does not wait long for the close of a broker that is silent: no connection is left behind all the same."""
+    calls = Calls(adapter)
+    await adapter.open()
+    await calls.found_again()
+    receiver = await adapter.open_receiver(calls.receiver)
+    await receiver.receive(1, 0.1)
+    await calls.send()
+    assert proxy.connections
+    proxy.hears_nothing = True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await adapter.close()
+    await eventually(lambda: not proxy.connections, 10, "the connections to end")

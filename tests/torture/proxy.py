@@ -26,6 +26,11 @@ class Proxy:
         self._target = port
         self._open: dict[asyncio.Task[None], tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = {}
 
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self._open)
+
     def reset(self) -> None:
         """Every connection ends with a RST on both sides."""
         for writers in self._open.values():

@@ -19,6 +19,8 @@ from tests.differential.program import (
     Halt,
     Handling,
     Kind,
+    Leave,
+    Listen,
     Message,
     Pause,
     Plan,
@@ -34,6 +36,8 @@ from tests.differential.program import (
 
 MOST_KILLS = 3
 """Of one group in a program: fewer than make a message a suspect of killing its process for good (`max_deliveries` is 5)."""
+
+MOST_LISTENERS = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def _steps(kind: Kind, groups: int, retain: bool) -> st.SearchStrategy[Step | At
     publish = _publishes(kind, groups)
     start = st.builds(Start, group)
     halt = st.builds(Halt, group, st.booleans(), st.integers(0, 6))
-    rest: st.SearchStrategy[Step] = st.builds(Settle) | st.builds(Pause, group)
+    rest: st.SearchStrategy[Step] = st.builds(Settle) | st.builds(Pause, group) | st.builds(Listen) | st.builds(Listen) | st.builds(Leave)
     redrive = st.builds(Redrive, group, st.booleans())
     discard = st.builds(Discard, group, st.booleans())
     operators: list[st.SearchStrategy[Purge | Replay | Forget]] = [st.builds(Purge, group)]
@@ -125,6 +129,7 @@ def _sensible(drawn: list[Step | AtRest | None], groups: int, *, calm: bool) -> 
     kills: Counter[int] = Counter()
     processes: Counter[int] = Counter()
     declared: set[int] = set()
+    listeners = 0
 
     def start(group: int) -> None:
         kept.extend([*[Settle()] * calm, Start(group)])
@@ -150,6 +155,10 @@ def _sensible(drawn: list[Step | AtRest | None], groups: int, *, calm: bool) -> 
             case Start(group) | Halt(group):
                 if processes[group] < 2:
                     start(group)
+            case Listen() | Leave():
+                if listeners < MOST_LISTENERS if isinstance(step, Listen) else listeners:
+                    listeners += 1 if isinstance(step, Listen) else -1
+                    kept.append(step)
             case AtRest(messages, then):
                 for group in range(groups):
                     if group not in declared or (group == then.group and not processes[group]):

@@ -13,11 +13,27 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from tests.differential.model import MAX_REDRIVES, GroupState, Model, last_steps
 from tests.differential.process import Log, Sent, Work, process
-from tests.differential.program import Discard, Forget, Halt, Pause, Program, Publish, Purge, Redrive, Replay, Settle, Start, Step
+from tests.differential.program import (
+    Discard,
+    Forget,
+    Halt,
+    Leave,
+    Listen,
+    Pause,
+    Program,
+    Publish,
+    Purge,
+    Redrive,
+    Replay,
+    Settle,
+    Start,
+    Step,
+)
 from tests.differential.trace import GroupTrace, Run, Trace
 
 from msgbus import Bus, Topic
@@ -63,6 +79,8 @@ class Interpreter:
         self._letters: list[list[Letter]] = [[] for _ in program.groups]
         """Dead letters as last seen, when all else was settled: looking again at once is more than every broker can do."""
         self._processes: list[list[Worker]] = [[] for _ in program.groups]
+        self._listeners: list[tuple[Worker, Log]] = []
+        """Those that have left among them."""
         self._moments: list[float] = []
         """Before each publish, where there is history."""
         self._not_before: dict[int, float] = {}
@@ -77,10 +95,11 @@ class Interpreter:
                 for state in self._model.states:
                     self._letters[state.index] = await self._dead(state) if state.declared else []
                 break
-        trace = Trace({state.group.name: await self._observed(state) for state in self._model.states}, self._early(), tuple(self._problems))
-        for processes in self._processes:
-            for worker in processes:
-                await worker.stop()
+        groups = {state.group.name: await self._observed(state) for state in self._model.states}
+        heard = {state.group.name: _heard(state, log) for state, (_, log) in zip(self._model.listeners, self._listeners, strict=True)}
+        trace = Trace(groups | heard, self._early(), tuple(self._problems))
+        for worker in [*(worker for processes in self._processes for worker in processes), *(worker for worker, _ in self._listeners)]:
+            await worker.stop()
         return trace
 
     # ------------------------------------------------------------ steps
@@ -96,9 +115,15 @@ class Interpreter:
                 log = self._logs[group]
                 begun = log.started + after
                 if after:  # for what may never come no longer than it usually takes
-                    await log.until(lambda: log.started >= begun or self._all_ended(self._model.states[group]), 0.2)
+                    await log.until(lambda: log.started >= begun or _all_ended(self._model.states[group], log), 0.2)
                 worker = self._processes[group].pop(0)
                 await (worker.kill() if kill else worker.stop())
+            case Leave():
+                await self._settle()
+                for state, (worker, _) in zip(self._model.listeners, self._listeners, strict=True):
+                    if state.declared:
+                        await worker.stop()
+                        break
             case Pause(group):
                 for worker in self._processes[group][:1]:
                     for runner in worker.bus.runners:
@@ -110,9 +135,13 @@ class Interpreter:
             case Purge() | Replay() | Forget():
                 if self._model.may(step):
                     await self._operate(step)
-            case Settle():
+            case Settle() | Listen():
                 pass
         self._model.step(step)
+        if isinstance(step, Listen):
+            log = Log()
+            bus = process(self._stage, self._incoming, 0, self._model.listeners[-1].group, log, listens=True)
+            self._listeners.append((await self._stage.start(bus), log))
         if isinstance(step, Settle):
             await self._settle()
 
@@ -179,11 +208,14 @@ class Interpreter:
         for state in self._model.states:
             if self._processes[state.index]:
                 await self._settle_group(state, deadline)
+        for state, (_, log) in zip(self._model.listeners, self._listeners, strict=True):
+            if not await log.until(partial(_all_ended, state, log), deadline - asyncio.get_running_loop().time()):
+                self._problems.append(f"{state.group.name} was not told all within {self._seconds:g} s")
 
     async def _settle_group(self, state: GroupState, deadline: float) -> None:
         loop = asyncio.get_running_loop()
         log = self._logs[state.index]
-        if not await log.until(lambda: self._all_ended(state), deadline - loop.time()):
+        if not await log.until(lambda: _all_ended(state, log), deadline - loop.time()):
             missing = sorted(n for n, owed in state.owed.items() if not owed.maybe and owed.fate.runs and log.rounds[n] < owed.rounds)
             self._problems.append(f"{state.group.name} has not ended {missing} within {self._seconds:g} s")
             return
@@ -200,10 +232,6 @@ class Interpreter:
         missing = await _until_empty(without_letter, deadline)
         if missing:
             self._problems.append(f"{state.group.name} has no dead letter of {missing} within {self._seconds:g} s")
-
-    def _all_ended(self, state: GroupState) -> bool:
-        rounds = self._logs[state.index].rounds
-        return all(rounds[n] >= owed.rounds for n, owed in state.owed.items() if owed.fate.runs and not owed.maybe)
 
     async def _left(self, state: GroupState) -> int:
         """What the broker has for a group: waiting, in hand, delayed; 0 where it cannot say."""
@@ -262,6 +290,20 @@ class Interpreter:
     def _early(self) -> tuple[int, ...]:
         early = {n for log in self._logs for n, started in log.first_start.items() if started < self._not_before.get(n, 0.0) - CLOCKS}
         return tuple(sorted(early))
+
+
+def _heard(state: GroupState, log: Log) -> GroupTrace:
+    """Of a listener."""
+    unsure = {n for n, owed in state.owed.items() if owed.maybe}
+    runs: defaultdict[int, list[int]] = defaultdict(list)
+    for (n, attempt), _, _ in log.ended:
+        if n not in unsure:
+            runs[n].append(attempt)
+    return GroupTrace({n: tuple(sorted(attempts)) for n, attempts in runs.items()})
+
+
+def _all_ended(state: GroupState, log: Log) -> bool:
+    return all(log.rounds[n] >= owed.rounds for n, owed in state.owed.items() if owed.fate.runs and not owed.maybe)
 
 
 async def _until_empty(look: Callable[[], Awaitable[T]], deadline: float) -> T:

@@ -5,13 +5,14 @@ and a later one as well if the topic keeps its history; not if it begins at the 
 C2, C8: each message is run until a run ends it, at most `attempts` times, and is then done, dropped, or a dead letter with its reason.
 C4: an ordered group completes a key's messages in the order published, those with a delay excepted; one that skips, those that do not fail.
 C6: nothing is repeated, unless a process is killed, or comes or goes while the group has work in hand.
+A listener is owed what is published while it is there; it has no dead letters, and nothing of it comes twice.
 Operators: what is purged, and what waits for a group that is dropped, is not run; what is replayed is run once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.differential.program import (
@@ -19,6 +20,8 @@ from tests.differential.program import (
     Forget,
     Group,
     Halt,
+    Leave,
+    Listen,
     Message,
     Pause,
     Plan,
@@ -120,6 +123,8 @@ class Model:
 
     def __init__(self, program: Program) -> None:
         self.states = [GroupState(group, index) for index, group in enumerate(program.groups)]
+        self.listeners: list[GroupState] = []
+        """Those that have left among them."""
         self._retain = program.retain
         self._had_group = False
         self._published: list[Publish] = []
@@ -146,9 +151,17 @@ class Model:
         match step:
             case Publish():
                 self._published.append(step)
-                for state in self.states:
+                for state in [*self.states, *self.listeners]:
                     if state.declared:
                         self._owe(state, [step])
+            case Listen():
+                name = f"listener {len(self.listeners) + 1}"
+                self.listeners.append(GroupState(replace(self.states[0].group, name=name, handling="unordered"), 0, declared=True))
+                self._owe_delayed(self.listeners[-1])
+            case Leave():
+                self.step(Settle())
+                for state in [state for state in self.listeners if state.declared][:1]:
+                    state.declared = False
             case Start(group):
                 state = self.states[group]
                 state.at_rest = False
@@ -191,12 +204,18 @@ class Model:
 
     def _declare(self, state: GroupState) -> None:
         earliest = state.group.start == "earliest" and (self._retain or not self._had_group)
-        waits = [one for one in self._published if one.delay_ms]
-        self._owe(state, self._published if earliest else waits)
-        if self._had_group or not earliest:  # what is delayed may or may not be older
-            for message in (message for one in waits for message in one.messages if message.n in state.owed):
-                state.owed[message.n].maybe = True
+        if earliest:
+            self._owe(state, self._published)
+        if self._had_group or not earliest:
+            self._owe_delayed(state)
         state.declared = self._had_group = True
+
+    def _owe_delayed(self, state: GroupState) -> None:
+        """Of what was published before, what is delayed may or may not be older."""
+        waits = [one for one in self._published if one.delay_ms]
+        self._owe(state, waits)
+        for message in (message for one in waits for message in one.messages if message.n in state.owed):
+            state.owed[message.n].maybe = True
 
     @staticmethod
     def _owe(state: GroupState, publishes: Iterable[Publish]) -> None:
@@ -240,7 +259,8 @@ class Model:
 
     def trace(self, *, exact_moves: bool) -> Trace:
         """What is to be observed when all is settled."""
-        return Trace({state.group.name: self._group(state, state.repeats(exact_moves=exact_moves)) for state in self.states})
+        groups = {state.group.name: self._group(state, state.repeats(exact_moves=exact_moves)) for state in self.states}
+        return Trace(groups | {state.group.name: replace(self._group(state, repeats=False), dead={}) for state in self.listeners})
 
     def _group(self, state: GroupState, repeats: bool) -> GroupTrace:
         sure = [owed for owed in state.owed.values() if not owed.maybe]

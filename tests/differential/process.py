@@ -162,8 +162,8 @@ async def _say(delivery: Delivery[Work], error: Exception | None) -> None:
             await delivery.retry()
 
 
-def process(stage: Stage, topic: Topic[Work], index: int, group: Group, log: Log) -> Bus:
-    """Not entered."""
+def process(stage: Stage, topic: Topic[Work], index: int, group: Group, log: Log, *, listens: bool = False) -> Bus:
+    """Not entered. `listens`: as a process of no group, which is told everything."""
     handler = Handler(index, group, log)
     retry = Retry(attempts=group.attempts, wait=wait_fixed(SHORT), give_up_on=(GivenUp,))
     if group.handling == "pulled":
@@ -178,8 +178,9 @@ def process(stage: Stage, topic: Topic[Work], index: int, group: Group, log: Log
                 leaving.set()
 
         return stage.bus(service=group.name, retry=retry, lifespan=pulling)
-    bus = stage.bus(service=group.name, retry=retry)
-    options: dict[str, Any] = {"concurrency": group.concurrency, "ordered": group.handling != "unordered", "start": group.start}
+    bus = stage.bus(service="listener" if listens else group.name, retry=retry)
+    options: dict[str, Any] = {"concurrency": group.concurrency, "ordered": group.handling != "unordered"}
+    options |= {"broadcast": True} if listens else {"start": group.start}
     if group.handling == "skipping":
         options["on_failure"] = "skip"
     if group.batch:

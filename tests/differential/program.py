@@ -178,7 +178,23 @@ class Forget:
         return f"drop {GROUP_NAMES[self.group]}, if it is at rest and another one is there"
 
 
-Step = Publish | Start | Halt | Settle | Pause | Redrive | Discard | Purge | Replay | Forget
+@dataclass(frozen=True)
+class Listen:
+    """Starts a process that is told everything from now on (`broadcast=True`), and does with it what the first group does."""
+
+    def __str__(self) -> str:
+        return "start a listener"
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Waits like `Settle`, then ends the oldest listener; nothing where there is none."""
+
+    def __str__(self) -> str:
+        return "settle, then stop a listener"
+
+
+Step = Publish | Start | Halt | Listen | Leave | Settle | Pause | Redrive | Discard | Purge | Replay | Forget
 
 
 @dataclass(frozen=True, repr=False)

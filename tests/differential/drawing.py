@@ -82,13 +82,14 @@ def _steps(kind: Kind, groups: int, retain: bool) -> st.SearchStrategy[Step | At
     publish = _publishes(kind, groups)
     start = st.builds(Start, group)
     halt = st.builds(Halt, group, st.booleans(), st.integers(0, 6))
-    rest: st.SearchStrategy[Step] = st.builds(Settle) | st.builds(Pause, group) | st.builds(Listen) | st.builds(Listen) | st.builds(Leave)
+    rest: st.SearchStrategy[Step] = st.builds(Settle) | st.builds(Pause, group)
+    listener: st.SearchStrategy[Step] = st.builds(Listen) | st.builds(Leave)
     redrive = st.builds(Redrive, group, st.booleans())
     discard = st.builds(Discard, group, st.booleans())
     operators: list[st.SearchStrategy[Purge | Replay | Forget]] = [st.builds(Purge, group)]
     operators += [st.builds(Replay, group, st.integers(1, 4))] * 2 * retain + [st.builds(Forget, group)] * (groups > 1)
     at_rest = st.builds(AtRest, st.none() | publish, _any(operators))
-    steps = [st.none(), *[publish] * 3, *[start] * 2, *[halt] * 2, rest, _any([redrive, redrive, redrive, discard]), at_rest]
+    steps = [st.none(), *[publish] * 3, *[start] * 2, *[halt] * 2, rest, listener, _any([redrive, redrive, redrive, discard]), at_rest]
     return _any(steps)
 
 
@@ -156,9 +157,9 @@ def _sensible(drawn: list[Step | AtRest | None], groups: int, *, calm: bool) -> 
                 if processes[group] < 2:
                     start(group)
             case Listen() | Leave():
-                if listeners < MOST_LISTENERS if isinstance(step, Listen) else listeners:
-                    listeners += 1 if isinstance(step, Listen) else -1
-                    kept.append(step)
+                starts = not listeners or (isinstance(step, Listen) and listeners < MOST_LISTENERS)
+                listeners += 1 if starts else -1
+                kept.append(Listen() if starts else Leave())
             case AtRest(messages, then):
                 for group in range(groups):
                     if group not in declared or (group == then.group and not processes[group]):

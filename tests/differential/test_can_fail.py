@@ -14,13 +14,13 @@ from hypothesis import Phase, find, settings
 from tests.differential.drawing import programs
 from tests.differential.interpreter import exact_moves, run_program
 from tests.differential.model import expected
-from tests.differential.program import Halt, Program, Publish, Purge, Replay, Start
+from tests.differential.program import Halt, Listen, Program, Publish, Purge, Replay, Start
 from tests.differential.test_programs import UNHURRIED, try_programs
 from tests.differential.trace import differences
 from tests.unit.suite.brokers import behind
 from tests.unit.suite.sabotaged import AcksFirst, DelaysNothing, ForgetsSome, LosesOnRelease, ReordersAKey, SharesItsShards
 
-from msgbus.contract.adapter import Depth, SendOutcome
+from msgbus.contract.adapter import Depth, Received, SendOutcome
 from msgbus.contract.envelope import Envelope, new_id
 from msgbus.testing.faults import FaultyAdapter, FaultyReceiver
 from msgbus.testing.stage import Broker
@@ -42,6 +42,14 @@ class StoresTwice(FaultyAdapter):
         return await super().send(envelopes, timeout=timeout)
 
 
+class DeafAtFirst(FaultyReceiver):
+    """What a private receiver gets first is not handed out."""
+
+    async def receive(self, limit: int, timeout: float) -> list[Received]:
+        first = self.spec.group is None and not self.received
+        return (await super().receive(limit, timeout))[first:]
+
+
 class PurgesNothing(FaultyAdapter):
     """It says how many messages a purge would have discarded, and keeps them."""
 
@@ -60,7 +68,7 @@ class ReplaysTooLittle(FaultyAdapter):
 
 ADAPTERS = (DelaysNothing, ForgetsSome, StoresTwice, SharesItsShards, PurgesNothing, ReplaysTooLittle)
 SABOTAGES: list[Any] = [
-    pytest.param(FaultyAdapter, receiver, id=receiver.__name__) for receiver in (AcksFirst, LosesOnRelease, ReordersAKey)
+    pytest.param(FaultyAdapter, receiver, id=receiver.__name__) for receiver in (AcksFirst, LosesOnRelease, ReordersAKey, DeafAtFirst)
 ] + [pytest.param(adapter, FaultyReceiver, id=adapter.__name__) for adapter in ADAPTERS]
 
 
@@ -82,11 +90,13 @@ def found_wrong(program: Program, broker: Broker, seconds: float = HURRY) -> lis
 def could_show(program: Program, fault: type) -> bool:
     """Whether running a program may show a fault: that shards are shared only where an ordered group has two processes, for example."""
     steps = program.steps
-    if fault is LosesOnRelease:  # a process is stopped while there is something to do
-        return any(isinstance(one, Publish) and isinstance(two, Halt) and not two.kill for one, two in pairwise(steps))
-    if fault in (PurgesNothing, ReplaysTooLittle):
-        operator = Purge if fault is PurgesNothing else Replay
-        return any(isinstance(step, operator) for step in steps) and any(isinstance(step, Publish) for step in steps)
+    if fault is LosesOnRelease:  # a process is stopped that has not begun all that it holds
+        few = {index for index, group in enumerate(program.groups) if group.handling == "unordered" and group.concurrency < 16}
+        stops = [one for one, two in pairwise(steps) if isinstance(two, Halt) and not two.kill and two.group in few]
+        return any(isinstance(one, Publish) and len(one.messages) > 2 for one in stops)
+    needed: dict[type, type] = {PurgesNothing: Purge, ReplaysTooLittle: Replay, DeafAtFirst: Listen}
+    if fault in needed:
+        return any(isinstance(step, needed[fault]) for step in steps)
     if fault is not SharesItsShards:
         return True
     ordered = {index for index, group in enumerate(program.groups) if group.handling == "ordered"}

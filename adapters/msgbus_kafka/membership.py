@@ -159,7 +159,9 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
     async def _end(self) -> None:
         if self._calling is not None:
             self._calling.cancel()
-        await self._commit("clean", LAST_CALL_DEADLINE)
+        # What is in hand was not given back: the process ends over it, by a handler's SystemExit or so, and that is a death as well.
+        died = self._held() and not self._drained
+        await self._commit(None if died else "clean", LAST_CALL_DEADLINE)
         if self._instance is None and (member := self._coordinator.member_id):
             await ended(self._cluster.dismiss(self._group, member), LAST_CALL_DEADLINE)
 

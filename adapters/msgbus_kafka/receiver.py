@@ -81,6 +81,7 @@ class KafkaReceiver(Receiver):
         self._suspended = False  # nothing is handed out, for partitions come and go
         self._stopped = False  # it drains, or is closed
         self._closed = False
+        self._drained = False  # it drained before it was closed: what was in hand then went back
         self._failure: MsgbusError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._dirty = asyncio.Event()
@@ -316,6 +317,7 @@ class KafkaReceiver(Receiver):
         """Settles what was acked; a group is left, so that a peer has the partitions at once."""
         if self._closed:
             return
+        self._drained = self._stopped
         self._closed = self._stopped = True
         self._peers.discard(self)
         try:

@@ -193,8 +193,8 @@ class Receiver(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Flushes acks; what is un-settled returns to the group as soon as the broker allows. Twice is once; bounded in time; safe on
-        a dead connection."""
+        """Flushes acks; what is un-settled returns to the group as soon as the broker allows: where it has drained, nobody died over that;
+        else the process ends by a handler, and it may count as a death. Twice is once; bounded in time; safe on a dead connection."""
 
     stale_acks: int = 0
     """How many acks came too late: the message was, or will be, delivered again."""

@@ -254,6 +254,8 @@ class Runner:
                 continue
         if self._stopped():
             await self._drain()
+        else:
+            await self._intake.drain()  # what they hold still goes back, and nobody has died over it
         self._hand.forget()
 
     async def _until_quiet(self) -> None:

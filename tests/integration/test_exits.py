@@ -11,6 +11,7 @@ import pytest
 from tests.brokers import Server
 
 from msgbus import Bus, Topic
+from msgbus.contract.adapter import Capability
 from msgbus.settings import Settings
 
 pytestmark = pytest.mark.timeout(300)
@@ -39,6 +40,8 @@ async def test_a_handler_that_exits_is_poison_in_the_end(name: str, running: Ser
     topic = Topic(f"exits-{uuid4().hex[:10]}", str)
     command = (sys.executable, "-c", PROGRAM, running.url, topic.name)
     async with Bus(running.url, service="shop") as bus:
+        if Capability.CRASH_COUNT not in bus.runtime.adapter.capabilities:
+            pytest.skip("the adapter does not claim CRASH_COUNT")
         for word in ("exit", "good"):
             await bus.publish(topic, word)
         for _ in range(DEATHS):

@@ -194,7 +194,7 @@ class Writer(Generic[M]):
             raise UnsupportedFeature(
                 f"a delay of {delay if delay is not None else timedelta(seconds=seconds)} on topic {self.topic.name!r}",
                 f"{self._adapter_name} ({longest})",
-                "a shorter delay",
+                "a shorter delay, or bus.outbox(session), whose rows wait for any time",
             )
         return seconds
 

@@ -52,7 +52,8 @@ class KeyedReceiver(RabbitReceiver):
     async def begin(self) -> None:
         """Among the members."""
         await self.hold.open(self.terms.link)
-        await self._take_number(count())
+        async with self.terms.link.numbering:
+            await self._take_number(count())
         async with self.terms.ask(f"queue {self._crowd!r}") as channel:
             await channel.queue_declare(self._crowd, durable=True, auto_delete=True)
         await self.hold.consume(self._crowd)
@@ -110,7 +111,8 @@ class KeyedReceiver(RabbitReceiver):
         async with self.terms.ask(f"queue {self._crowd!r}") as channel:
             members = max((await channel.queue_declare(self._crowd, passive=True)).consumer_count or 0, 1)
         if self._number >= members:  # one before it has left
-            await self._take_number(range(self._number))
+            async with self.terms.link.numbering:
+                await self._take_number(range(self._number))
         return {shard for shard in range(self.terms.layout.shards) if shard % members == self._number % members}
 
     async def _take_part(self) -> None:

@@ -50,6 +50,8 @@ class Link:
         self._place = place
         self._url = place.client_url(heartbeat, f"msgbus {purpose}")
         self._opening = asyncio.Lock()
+        self.numbering = asyncio.Lock()
+        """Members of one connection take their numbers one after the other: to the broker its exclusive queues are free for all of them."""
         self._connection: Connection | None = None
         self._transport = Transport()
         self._ended = False

@@ -172,7 +172,8 @@ class Bus(Router, Publishes):
     def consumer(
         self, topic: Topic[M], /, *, group: str, start: Literal["earliest", "latest"] = "earliest", window: int = 32
     ) -> Consumer[M]:
-        """The pull side: `async with bus.consumer(...) as consumer`. Holds at most `window` messages un-settled."""
+        """The pull side: `async with bus.consumer(...) as consumer`. Holds at most `window` messages un-settled; of a topic with priorities
+        at least one a level."""
         from msgbus.consumer import Consumer
 
         return Consumer(self._entered, self, topic, group=group, start=start, window=window)

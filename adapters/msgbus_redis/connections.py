@@ -31,7 +31,7 @@ from msgbus_redis.scripts import SOURCES
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 5.0
 GOODBYE = 1.0
-"""Seconds that TLS may take to end a connection when the adapter is closed."""
+"""Seconds that TLS may take to end a connection."""
 STALLED = 2.0
 """Seconds without any answer, though some are due, after which a call in vain ends its connection."""
 
@@ -102,7 +102,7 @@ class Link:
                     raise reply
         except BaseException:
             self.abort()
-            await self._disconnect()  # the reader would, but may not be there, or not have begun
+            await _disconnect(self._connection)  # the reader would, but may not be there, or not have begun
             raise
 
     @property
@@ -151,11 +151,7 @@ class Link:
                 if not answered.done():
                     answered.set_exception(problem)
                     answered.exception()  # who could not write does not await it, and asyncio would complain
-            await self._disconnect()
-
-    async def _disconnect(self) -> None:
-        with suppress(client.RedisError, OSError):  # TLS says goodbye, and waits for the other's
-            await self._connection.disconnect()
+            await _disconnect(self._connection)
 
     def abort(self) -> None:
         """Ends it at once; returns before it has said goodbye."""
@@ -254,12 +250,10 @@ class Links:
             link.abort()
 
     async def close(self) -> None:
-        """Ends all, and returns when they are gone, or after a second."""
+        """Ends all, and returns when they are gone, in about a second."""
         self.abort()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE):
-                for link in list(self._all):
-                    await link.gone()
+        for link in list(self._all):
+            await link.gone()
 
     def _connection(self, host: str, port: int, **own: Any) -> Connection:  # Any: redis-py's options have types of their own
         options = {**self.place.options, **own}
@@ -313,5 +307,16 @@ class Links:
             await connection.send_command(*question)
             return cast(Any, await connection.read_response())
         finally:
-            with suppress(client.RedisError, OSError):
+            await _disconnect(connection)
+
+
+async def _disconnect(connection: Connection) -> None:
+    """TLS says goodbye, and waits for the other's; who is silent is left all the same, and at once where the caller is cut off."""
+    writer: asyncio.StreamWriter | None = cast(Any, connection)._writer  # noqa: SLF001  there is no public way to its socket
+    try:
+        with suppress(client.RedisError, OSError):
+            async with asyncio.timeout(GOODBYE):
                 await connection.disconnect()
+    finally:
+        if writer is not None:
+            writer.transport.abort()

@@ -152,6 +152,22 @@ async def test_tls(running: Server, pem: dict[str, str]) -> None:
 
 
 @pytest.mark.broker("redis-tls")
+async def test_tls_to_a_server_that_is_silent(running: Server, pem: dict[str, str]) -> None:
+    """A connection that says goodbye and has no answer is left, with all that served it, when the adapter is closed."""
+    adapter = adapter_from_url(url_of(running.url, ssl_ca_certs=pem["ca"]), AdapterSettings())
+    before = asyncio.all_tasks()
+    await adapter.open()
+    await adapter.ping()
+    await asyncio.to_thread(running.pause)
+    try:
+        async with asyncio.timeout(3):
+            await adapter.close()
+        assert asyncio.all_tasks() <= before
+    finally:
+        await asyncio.to_thread(running.unpause)
+
+
+@pytest.mark.broker("redis-tls")
 async def test_tls_with_a_client_certificate(running: Server, pem: dict[str, str]) -> None:
     """A server that asks for one lets nobody in without, or with another's; `ssl_certfile` and `ssl_keyfile` are it."""
     url, ca = running.url, pem["ca"]

@@ -56,7 +56,7 @@ LOOK_AGAIN = 0.003
 """Seconds between two looks at what nobody announces."""
 CLOCKS = 0.002
 """Seconds that clocks may differ in how they round a delay."""
-EXPIRIES = {"never": None, "at once": timedelta(microseconds=1), "in a minute": timedelta(minutes=1)}
+EXPIRIES = {"never": None, "at once": timedelta(microseconds=1), "in an hour": timedelta(hours=1)}
 
 
 class Interpreter:
@@ -152,7 +152,8 @@ class Interpreter:
         def where(letter: DeadLetter) -> bool:
             return chosen(json.loads(letter.body)["n"], letter.redrives)
 
-        expected = len([1 for n, (_, _, redrives) in self._letters[step.group] if chosen(n, redrives)])
+        # where one may be there twice, a redrive takes the first
+        expected = len({n for n, (_, _, redrives) in self._letters[step.group] if chosen(n, redrives)})
         dead = self._publisher.dead_letters(TOPIC, group=self._program.groups[step.group].name)
         if isinstance(step, Redrive):
             moved = await dead.redrive(where=where, limit=expected)

@@ -141,7 +141,7 @@ def _error(plan: Plan, attempt: int) -> Exception | None:
         case "give up":
             return GivenUp("no more")
         case "too late":
-            return RetryLater(timedelta(hours=1))
+            return RetryLater(timedelta(hours=2))
         case "error":
             return RuntimeError("failed")
         case "later":

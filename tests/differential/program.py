@@ -10,7 +10,7 @@ Failure = Literal["error", "later", "later by policy"]
 End = Literal["done", "drop", "reject", "give up", "too late"]
 Handling = Literal["ordered", "skipping", "unordered", "pulled"]
 Beginning = Literal["earliest", "latest"]
-Expiry = Literal["never", "at once", "in a minute"]
+Expiry = Literal["never", "at once", "in an hour"]
 Level = Literal["high", "normal", "low"]
 
 GROUP_NAMES = ("billing", "audit")

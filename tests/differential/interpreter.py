@@ -152,8 +152,8 @@ class Interpreter:
         def where(letter: DeadLetter) -> bool:
             return chosen(json.loads(letter.body)["n"], letter.redrives)
 
-        # where one may be there twice, a redrive takes the first
-        expected = len({n for n, (_, _, redrives) in self._letters[step.group] if chosen(n, redrives)})
+        meant = [n for n, (_, _, redrives) in self._letters[step.group] if chosen(n, redrives)]
+        expected = len(meant if isinstance(step, Discard) else {*meant})  # of two of one message a redrive takes one
         dead = self._publisher.dead_letters(TOPIC, group=self._program.groups[step.group].name)
         if isinstance(step, Redrive):
             moved = await dead.redrive(where=where, limit=expected)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -87,13 +88,32 @@ class Hold:
         delivery and one acquisition, and these have two."""
         async with calling("setting messages aside"):
             await self._catch_up()
-            others = list(self.unsettled)[1:]
-            for tag in others:
-                del self.unsettled[tag]
-            self._returned += others
             await self._write_soon()
-            await self._catch_up()
+            await self._have_again(list(self.unsettled)[1:])
             self._aside = {tag for tag, again in list(self.unsettled.items())[1:] if again}
+
+    async def _have_again(self, tags: Sequence[int]) -> None:
+        """Gives these back, the last of what is un-settled, and has them again, in order: one delivery and two acquisitions each.
+
+        Where the window has room, what is published just then may be given to us before what we gave back, and would be before it at the
+        channel's end, too. So that is given back as well, and comes behind it, until nothing has come between.
+        """
+        if not tags:
+            return
+        mark, given, until = tags[-1], 0, time.monotonic() + CLOSE / 3
+        while True:
+            multiple = len(tags) == len(self.unsettled)
+            for tag in tags:
+                if self.unsettled.pop(tag, None) is not None and not multiple:  # else a handler that still runs has settled it
+                    await self._channel.basic_nack(tag, wait=False)
+            if multiple:
+                await self._channel.basic_nack(mark, multiple=True, wait=False)
+            given += len(tags)
+            await self._catch_up()
+            again = [tag for tag, before in self.unsettled.items() if tag > mark and before]
+            tags = [tag for tag, before in self.unsettled.items() if mark < tag < max(again, default=0) and not before]
+            if (not tags and len(again) >= given) or time.monotonic() > until:
+                return
 
     async def _on_message(self, message: DeliveredMessage) -> None:
         """Only notes it: what the client runs here it cancels when the link is lost (R1)."""
@@ -185,11 +205,13 @@ class Hold:
                     if counted and self._came:
                         await self._catch_up()
                         await self._write_soon()
+                        if next(iter(self.unsettled), None) not in self._aside:
+                            await self._have_again(list(self.unsettled))
                     self._over = True
                     if next(iter(self.unsettled), None) in self._aside:  # and so all but what came last
                         for tag in self.unsettled.keys() - self._aside:
                             await self._channel.basic_nack(tag, wait=False)
-                    elif self._shard is None or counted:
+                    elif self._shard is None:
                         await self._channel.basic_nack(0, multiple=True, wait=False)
                     await self._channel.close()
         self._over = self.tenure.lost = True

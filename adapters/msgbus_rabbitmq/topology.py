@@ -130,10 +130,11 @@ class Topology:
             known = layout.kind == "dead" or group in await self.groups(topic)  # definitions hold no messages: its name may be missing
         else:
             known = layout.kind == "dead" or await self._has(layout, group)
-        async with self._ask(where) as channel:
-            if not known:
+        if not known:
+            async with self._ask(where) as channel:
                 await _store(channel, names.registry(topic), group.encode(), amqp.Basic.Properties())
-            for part, queue in zip(layout.parts, layout.queues(group), strict=True) if create else ():
+        for part, queue in zip(layout.parts, layout.queues(group), strict=True) if create else ():
+            async with self._ask(where) as channel:  # a block each: it has a deadline, however many shards and however far the broker
                 arguments = layout.arguments(self._settings.dead_letter_retention)
                 await _queue(
                     channel, queue, arguments, (names.exchange(topic), layout.pattern(part)), (names.DUE, f"#.{names.to_queue(queue)}")

@@ -1,4 +1,4 @@
-"""A TCP proxy before a broker, which resets every connection, or keeps the broker's words to itself, when it is told to."""
+"""A TCP proxy before a broker, which resets every connection, keeps the broker's words to itself, or is slow, when it is told to."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Proxy:
         """Set: what the broker says reaches nobody any more."""
         self.spares: int | None = None
         """Set: how many more words of clients pass; with the next one every connection is reset, once."""
+        self.delay = 0.0
+        """Seconds that a word takes, either way."""
         self._target = port
         self._open: dict[asyncio.Task[None], tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = {}
 
@@ -79,6 +81,7 @@ class Proxy:
                 if rename:  # as long as before, so that no frame changes
                     for host in HOSTS:
                         data = data.replace(host + struct.pack(">i", self._target), host + struct.pack(">i", self.port))
+                await asyncio.sleep(self.delay)  # it is far
                 writer.write(data)
                 await writer.drain()
         writer.close()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from tests.brokers import Server
+from tests.torture.proxy import proxy_before
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
@@ -155,6 +156,32 @@ async def test_closes_in_good_order_are_no_deaths(adapter: RabbitAdapter) -> Non
     await sender
 
 
+async def test_a_close_keeps_the_order_of_what_is_published_meanwhile(adapter: RabbitAdapter) -> None:
+    """Where the window has room the broker goes on giving while a keyed topic's receiver gives back: the next one has it all in order."""
+    topic = f"t{new_id()}"
+    spec = ReceiverSpec(topic, "group", window=100, exclusive=True)
+    await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
+
+    async def publish() -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(3, 43):
+                group.create_task(adapter.send(numbered(topic, range(number, number + 1)), timeout=30))
+                await asyncio.sleep(0.0002)  # now and then while it closes
+
+    receiver = await adapter.open_receiver(spec)
+    for _ in range(40):
+        await adapter.send(numbered(topic, range(3)), timeout=30)
+        await taken(receiver, 3)
+        publishing = asyncio.create_task(publish())
+        await receiver.close()
+        receiver = await adapter.open_receiver(spec)
+        await publishing
+        batch = await taken(receiver, 43)
+        assert numbers(batch) == list(range(43))
+        for received in batch:
+            receiver.ack(received)
+
+
 async def test_a_death_in_the_midst_of_a_close_leaves_nothing_behind(adapter: RabbitAdapter, running: Server) -> None:
     """Whenever in a close the link breaks: the shard goes to the next receiver, and to those after it, with all that is in it, in order."""
     topic = f"t{new_id()}"
@@ -224,3 +251,18 @@ def told(running: Server, command: str) -> None:
     """A word to the broker's own tool."""
     code, said = running.shell(command)
     assert code == 0, said
+
+
+async def test_a_group_is_declared_however_far_the_broker(running: Server) -> None:
+    """Its queues together take more round trips than fit into a call's deadline, each of them does not."""
+    topic = TopicSpec(f"far{new_id()}", keyed=True, shards=8)
+    async with proxy_before(running.port) as proxy:
+        adapter = adapter_from_url(running.url.replace(str(running.port), str(proxy.port)), AdapterSettings())
+        await adapter.open()
+        try:
+            await adapter.declare([topic], [])
+            proxy.delay = 0.35
+            await adapter.declare([topic], [ReceiverSpec(topic.name, "g", exclusive=True)])
+        finally:
+            proxy.delay = 0.0
+            await adapter.close()

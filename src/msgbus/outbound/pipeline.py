@@ -36,6 +36,8 @@ MAX_SPREAD = 0.1
 """How far apart the deadlines of one batch may be, as a part of `publish_timeout`: a batch has its oldest member's."""
 GRACE = 1.0
 """Seconds that an adapter may be late with its outcomes before the core answers in its place."""
+LAST = 0.05
+"""The part of its time that a last try has at least: one without any would not hear the answer, nor say what is wrong."""
 
 
 _Waiting = tuple[Envelope, float, asyncio.Future[None]]
@@ -177,13 +179,14 @@ class Pipeline:
     async def deliver(self, envelopes: Sequence[Envelope], deadline: float) -> list[SendOutcome]:
         """One outcome an envelope. What was stored nowhere, the broker being away, is sent again until the loop's clock says `deadline`."""
         self._delivering += 1
+        begun = self._loop.time()
         try:
             outcomes = await self._once(envelopes, deadline)
             if outcomes.count(None) == len(outcomes):
                 return outcomes
-            pause = 0.05
+            pause, last = 0.05, LAST * (deadline - begun)
             while again := _to_send_again(envelopes, outcomes):
-                remaining = deadline - self._loop.time()
+                remaining = deadline - last - self._loop.time()
                 if remaining <= 0 or self._closed:
                     break
                 await asyncio.sleep(min(remaining, pause * random.uniform(0.5, 1.0)))

@@ -107,7 +107,7 @@ class GroupState:
     """It is owed something that it may not have settled yet."""
     killed: bool = False
     disturbed: bool = False
-    """A process came or went while it had work in hand."""
+    """A process came or went while it had work in hand, or may have."""
 
     @property
     def ordered(self) -> bool:
@@ -167,7 +167,7 @@ class Model:
                 state.at_rest = False
                 if not state.declared:
                     self._declare(state)
-                elif state.busy:
+                elif state.busy or (state.ordered and state.processes):  # shards come to it later, perhaps from amid work
                     state.disturbed = True
                 state.processes += 1
             case Halt(group, kill):

@@ -17,7 +17,6 @@ from typing_extensions import Unpack
 
 from msgbus.checks import takes
 from msgbus.contract.idempotency import IdempotencyStore
-from msgbus.contract.outbox import TransactionalStore, Writes
 from msgbus.errors import BusNotEntered, ConfigurationError, NotFound
 from msgbus.middleware.base import Middleware
 from msgbus.publisher import Publisher
@@ -158,6 +157,7 @@ class Bus(Router, Publishes):
 
         Needs `Bus(store=SqlStore(...))`. Raises `OutboxError` for a session of another database than the store's.
         """
+        from msgbus.contract.outbox import TransactionalStore, Writes
         from msgbus.outbox import Outbox, SyncOutbox
 
         if not isinstance(self._store, TransactionalStore):

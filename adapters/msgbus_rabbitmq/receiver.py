@@ -74,8 +74,7 @@ class Hold:
                 await self._channel.basic_cancel(tag)
 
     async def _catch_up(self) -> None:
-        """When it returns, the broker has had every ack and nack, and what it gave for them is here: the window is full, or the queue was
-        empty. So a nack, and then the channel's end, is for the same messages: in their order, and none counts as a death.
+        """When it returns, the broker has had every ack and nack, and what it gave for them is here. What is published then may come, too.
 
         A consumer more on the same queue is accepted after the acks before it, and then waits as the last; what the first one was given
         until then is here one question later.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from msgbus.checks import takes
+from msgbus.checks import each_takes, takes
 from msgbus.errors import ConfigurationError
 
 
@@ -21,8 +21,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         takes("Batch(...): size", self.size, int, "an int")
-        if self.wait is not None:
-            takes("Batch(...): wait", self.wait, timedelta, "a timedelta")
+        each_takes("Batch(...)", ("wait", self.wait, timedelta, "a timedelta"))
         if self.size < 1:
             raise ConfigurationError(f"Batch(size={self.size}): at least 1")
         if self.wait is not None and self.wait < timedelta(0):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from typing_extensions import Unpack
 
-from msgbus.checks import takes
+from msgbus.checks import each_takes, takes
 from msgbus.contract.idempotency import IdempotencyStore
 from msgbus.errors import BusNotEntered, ConfigurationError, NotFound
 from msgbus.middleware.base import Middleware
@@ -72,14 +72,13 @@ class Bus(Router, Publishes):
         super().__init__()
         if url is not None and adapter is not None:
             raise ConfigurationError("Bus(url=..., adapter=...): both say which broker; give one of them")
-        for option, given, kind, words in (
+        each_takes(
+            "Bus(...)",
             ("store", store, IdempotencyStore, "a store, such as msgbus.stores.MemoryStore()"),
             ("retry", retry, Retry, "msgbus.Retry(...)"),
             ("middleware", middleware, Iterable, "a list of msgbus.Middleware"),
             ("routers", routers, Iterable, "a list of msgbus.Router"),
-        ):
-            if given is not None:
-                takes(f"Bus(...): {option}", given, kind, words)
+        )
         if lifespan is not None and not callable(lifespan):
             raise ConfigurationError(f"Bus(...): lifespan={lifespan!r}: takes a function of the bus that returns an async context manager")
         self._url = url

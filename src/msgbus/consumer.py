@@ -11,7 +11,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
-from msgbus.checks import takes
+from msgbus.checks import each_takes, takes
 from msgbus.context import Context
 from msgbus.contract.adapter import Capability, Received, Receiver, ReceiverSpec, SendOutcome
 from msgbus.contract.envelope import Envelope, check_group
@@ -183,8 +183,7 @@ class Consumer(Generic[M_co]):
         Cancelling loses nothing. Several tasks may share a consumer; whoever still waits when it is left gets a `ConfigurationError`.
         """
         takes("receive(...): limit", limit, int, "an int")
-        if timeout is not None:
-            takes("receive(...): timeout", timeout, timedelta, "a timedelta")
+        each_takes("receive(...)", ("timeout", timeout, timedelta, "a timedelta"))
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}")
         loop = asyncio.get_running_loop()

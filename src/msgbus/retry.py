@@ -12,7 +12,7 @@ from tenacity import RetryCallState, wait_random_exponential
 from tenacity.retry import retry_base
 from tenacity.wait import wait_base
 
-from msgbus.checks import takes
+from msgbus.checks import each_takes
 from msgbus.contract.outcome import Dead, Dropped, Outcome, RetryAfter
 from msgbus.errors import BrokerError, ConfigurationError, DecodeError, Drop, Reject, RetryLater, StoreError
 
@@ -51,8 +51,7 @@ class Retry:
             )
         if not _are_exceptions(give_up_on):
             raise ConfigurationError(f"Retry(give_up_on={give_up_on!r}): a tuple of exception classes, such as (ValueError,)")
-        if max_age is not None:
-            takes("Retry(...): max_age", max_age, timedelta, "a timedelta")
+        each_takes("Retry(...)", ("max_age", max_age, timedelta, "a timedelta"))
         if max_age is not None and max_age <= timedelta(0):
             raise ConfigurationError(f"Retry(max_age={max_age}): must be positive")
 

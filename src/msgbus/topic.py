@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from typing_extensions import TypeForm
 
-from msgbus.checks import takes
+from msgbus.checks import each_takes, takes
 from msgbus.contract.envelope import check_topic
 from msgbus.errors import ConfigurationError
 
@@ -87,15 +87,14 @@ class Topic(Generic[M]):
     ) -> None:
         check_topic(name)
         place = f"Topic({name!r})"
-        for option, given, kind, words in (
+        each_takes(
+            place,
             ("version", version, int, "an int"),
             ("shards", shards, int, "an int"),
             ("retain", retain, timedelta, "a timedelta"),
             ("content_type", content_type, str, "text"),
             ("native", native, Mapping, "a mapping: name of a broker to its options"),
-        ):
-            if given is not None:
-                takes(f"{place}: {option}", given, kind, words)
+        )
         for broker, options in (native or {}).items():
             takes(f"{place}: native[{broker!r}]", options, Mapping, "a mapping of options")
         if key is not None and not callable(key):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -88,31 +87,28 @@ class Hold:
         async with calling("setting messages aside"):
             await self._catch_up()
             await self._write_soon()
-            await self._have_again(list(self.unsettled)[1:])
-            self._aside = {tag for tag, again in list(self.unsettled.items())[1:] if again}
+        await self._have_again(list(self.unsettled)[1:])
+        self._aside = {tag for tag, again in list(self.unsettled.items())[1:] if again}
 
     async def _have_again(self, tags: Sequence[int]) -> None:
         """Gives these back, the last of what is un-settled, and has them again, in order: one delivery and two acquisitions each.
 
         Where the window has room, what is published just then may be given to us before what we gave back, and would be before it at the
-        channel's end, too. So that is given back as well, and comes behind it, until nothing has come between.
+        channel's end, too. So that is given back as well, and comes behind it, until nothing has come between: when the window is full at
+        the latest.
         """
-        if not tags:
-            return
-        mark, given, until = tags[-1], 0, time.monotonic() + CLOSE / 3
-        while True:
-            multiple = len(tags) == len(self.unsettled)
-            for tag in tags:
-                if self.unsettled.pop(tag, None) is not None and not multiple:  # else a handler that still runs has settled it
-                    await self._channel.basic_nack(tag, wait=False)
-            if multiple:
-                await self._channel.basic_nack(mark, multiple=True, wait=False)
-            given += len(tags)
-            await self._catch_up()
-            again = [tag for tag, before in self.unsettled.items() if tag > mark and before]
-            tags = [tag for tag, before in self.unsettled.items() if mark < tag < max(again, default=0) and not before]
-            if (not tags and len(again) >= given) or time.monotonic() > until:
-                return
+        mark = max(tags, default=0)
+        while tags:
+            async with calling("having messages again", CLOSE):
+                multiple = len(tags) == len(self.unsettled)
+                for tag in tags:
+                    if self.unsettled.pop(tag, None) is not None and not multiple:  # else a handler that still runs has settled it
+                        await self._channel.basic_nack(tag, wait=False)
+                if multiple:
+                    await self._channel.basic_nack(mark, multiple=True, wait=False)
+                await self._catch_up()
+            again = max((tag for tag, before in self.unsettled.items() if tag > mark and before), default=0)
+            tags = [tag for tag, before in self.unsettled.items() if mark < tag < again and not before]
 
     async def _on_message(self, message: DeliveredMessage) -> None:
         """Only notes it: what the client runs here it cancels when the link is lost (R1)."""
@@ -195,18 +191,15 @@ class Hold:
             self.idle.set()
 
     async def close(self) -> None:
-        """Tells what is settled, gives the rest back in order, and closes the channel. Bounded."""
+        """Tells what is settled, gives the rest back in order, and closes the channel. Each call is bounded."""
         with suppress(BrokerError):
             async with calling("closing a channel", CLOSE):
                 await self._write_soon()
-                if not self._over:
-                    counted = self._shard is not None and self._receiver.terms.modern
-                    if counted and self._came:
-                        await self._catch_up()
-                        await self._write_soon()
-                        if next(iter(self.unsettled), None) not in self._aside:
-                            await self._have_again(list(self.unsettled))
-                    self._over = True
+            if not self._over and self._came and self._shard is not None and self._receiver.terms.modern:
+                await self._uncount()
+            if not self._over:
+                self._over = True
+                async with calling("closing a channel", CLOSE):
                     if next(iter(self.unsettled), None) in self._aside:  # and so all but what came last
                         for tag in self.unsettled.keys() - self._aside:
                             await self._channel.basic_nack(tag, wait=False)
@@ -215,6 +208,16 @@ class Hold:
                     await self._channel.close()
         self._over = self.tenure.lost = True
         self.idle.set()
+
+    async def _uncount(self) -> None:
+        """So that the channel's end will be no death of what is un-settled: where the window is full, or somebody had some of it before.
+        Elsewhere one death alone makes no suspect, and these rounds could only harm the order."""
+        async with calling("closing a channel", CLOSE):
+            await self._catch_up()
+            await self._write_soon()
+        full = len(self.unsettled) >= self._receiver.spec.window
+        if next(iter(self.unsettled), None) not in self._aside and (full or any(self.unsettled.values())):
+            await self._have_again(list(self.unsettled))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ _HEADERS = 48 * 1024
 
 
 class KafkaAdapter(Adapter):
-    """Apache Kafka. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`, `Exportable`."""
+    """Apache Kafka. Also `HasDepth`, `Peekable`, `Purgeable`, `Replayable`, `HasGroups`, `HasWarnings`, `Exportable`."""
 
     schemes: ClassVar[tuple[str, ...]] = ("kafka", "kafkas")
     name: ClassVar[str] = "kafka"
@@ -113,6 +113,10 @@ class KafkaAdapter(Adapter):
     async def ping(self) -> None:
         """A request for metadata."""
         await self._open().cluster.ping()
+
+    async def warnings(self, groups: Sequence[tuple[str, str]]) -> Sequence[str]:
+        """Of groups that are about to lose messages, for Kafka deletes also what nobody has read."""
+        return [warning for topic, group in groups for warning in await self._open().overdue(topic, group)]
 
     # ------------------------------------------------------------ declaring, sending, receiving
 

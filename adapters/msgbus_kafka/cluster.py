@@ -170,9 +170,10 @@ class Cluster:
         request = admin.DeleteTopicsRequest([*topics], int(DEADLINE * 1000))
         await self._ask(request, f"deleting Kafka topics {', '.join(topics)}", self._controller(), (UNKNOWN_TOPIC,))
 
-    async def configs(self, topics: Sequence[str]) -> dict[str, dict[str, str]]:
-        """What was set on each topic itself, not by the broker's defaults."""
-        return await self._configs(admin.DescribeConfigsRequest([(_TOPIC, topic, None) for topic in topics]), (1,))
+    async def configs(self, topics: Sequence[str], *, defaults: bool = False) -> dict[str, dict[str, str]]:
+        """What was set on each topic itself; with `defaults` what holds for it, whoever said so."""
+        request = admin.DescribeConfigsRequest([(_TOPIC, topic, None) for topic in topics])
+        return await self._configs(request, range(1, 7) if defaults else (1,))
 
     async def _configs(
         self, request: object, sources: Sequence[int], node: int | None = None, tolerate: Sequence[int] = (UNKNOWN_TOPIC,)

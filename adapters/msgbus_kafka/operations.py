@@ -7,15 +7,17 @@ joins, which the receivers look at twice a second.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 from aiokafka import TopicPartition
 
 from msgbus.contract.adapter import Depth
 from msgbus.contract.address import DEAD_GROUP
 from msgbus.contract.envelope import PRIORITIES, Envelope, Priority
-from msgbus.errors import BrokerUnavailable, NotFound, UnsupportedFeature
+from msgbus.errors import AuthenticationFailed, BrokerUnavailable, NotFound, UnsupportedFeature
 from msgbus_kafka.cluster import BEGINNING, CLOSE, END, Cluster, Committed
 from msgbus_kafka.dead import living
 from msgbus_kafka.membership import ORDERS_EVERY, PURGE
@@ -99,6 +101,24 @@ class Operations:
         await self.cluster.commit(orders_id(name), {place: (offset, order) for place, (offset, _) in heads.items()})
         if at_work or not await self.cluster.commit(name, heads):
             await asyncio.sleep(SEEN)
+
+    async def overdue(self, topic: str, group: str) -> list[str]:
+        """A warning a level whose oldest un-settled message is older than half of what Kafka keeps. None where we may not look."""
+        found: list[str] = []
+        with suppress(NotFound, AuthenticationFailed):
+            for level, committed in (await self._committed(topic, group)).items():
+                base = stream(topic, level)
+                heads = {place: head for place, (head, _) in committed.items() if place.topic == base}
+                kept = int((await self.cluster.configs([base], defaults=True)).get(base, {}).get(RETENTION, -1))
+                if kept < 0:
+                    continue
+                recent = await self.cluster.offsets(dict.fromkeys(heads, int(time.time() * 1000 - kept / 2)))
+                if any(recent[place] > head for place, head in heads.items()):
+                    found.append(
+                        f"messages of {base!r} wait for {group!r} for more than half of the {kept / 1000:g} s after which Kafka deletes "
+                        f"them, done or not ({RETENTION}): give the group more processes, or the topic a longer retain="
+                    )
+        return found
 
     async def groups(self, topic: str) -> Sequence[str]:
         """Those that were declared, sorted."""

@@ -11,22 +11,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec
 from msgbus.contract.envelope import Envelope
 from msgbus.errors import BrokerUnavailable, MsgbusError
-from msgbus_kafka.cluster import END, Cluster, abort, bootstrap_whole, closed, places_of
+from msgbus_kafka.cluster import BEGINNING, END, Cluster, abort, bootstrap_whole, closed, places_of
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, stream
 from msgbus_kafka.partition import Partition
 from msgbus_kafka.records import Record, read
+
+log = logging.getLogger("msgbus.kafka")
 
 SETTLE_EVERY = 0.05
 """Seconds that an ack may wait for others to travel with it."""
@@ -40,7 +44,7 @@ FETCH_WAIT = 100
 
 def consumer_of(cluster: Cluster, **more: Any) -> AIOKafkaConsumer:
     """A consumer that commits nothing by itself. `more`: of aiokafka's many arguments, each with a type of its own."""
-    more |= {"enable_auto_commit": False, "auto_offset_reset": "earliest", "fetch_max_wait_ms": FETCH_WAIT}
+    more |= {"enable_auto_commit": False, "auto_offset_reset": "none", "fetch_max_wait_ms": FETCH_WAIT}
     consumer = AIOKafkaConsumer(**cluster.options, **more, max_partition_fetch_bytes=2 * cluster.max_bytes + 65536)
     bootstrap_whole(vars(consumer)["_client"])
     return consumer
@@ -188,8 +192,24 @@ class KafkaReceiver(Receiver):
         try:
             if wanted > 0 and places:
                 await self._read_in_turn(places, wanted, now)
+        except OffsetOutOfRangeError as error:
+            await self._go_on(error.args[0])
         except CLIENT_ERRORS as error:
             self._fail(translate(error, f"receiving from {self._spec.topic!r}"))
+
+    async def _go_on(self, lost: Mapping[TopicPartition, int]) -> None:
+        """Where the log begins now: Kafka has deleted what is old, whoever has not read it; or it is another log, and all of it is new."""
+        for place, start in (await self._cluster.offsets(dict.fromkeys(lost, BEGINNING))).items():
+            position, partition = lost[place], self._partitions.get(place)
+            what = f"{start - position} messages of" if start > position else "what there was of"
+            log.error("data loss suspected: %s %s are gone that %r had not read", what, place, self._spec.group or "a broadcast")
+            if partition is not None and start >= position:
+                partition.position = start
+            elif partition is not None:
+                self._lose([partition])
+                self._partitions[place] = Partition(place, start, partition.own, upto=start)
+            self._consumer.seek(place, start)
+            self._dirty.set()
 
     async def _read_in_turn(self, places: Sequence[TopicPartition], wanted: int, now: float) -> None:
         """A share of each partition, then of the next: aiokafka by itself empties one, thousands of records, before it looks at another,

@@ -30,12 +30,12 @@ class Connected:
     """What an open adapter has."""
 
     def __init__(self, place: Place, settings: AdapterSettings) -> None:
-        publishing, self.consuming, asking = (Link(place, settings.heartbeat, purpose) for purpose in ("publishing", "consuming", "asking"))
-        self.links = (publishing, self.consuming, asking)
+        purposes = "publishing", "consuming", "asking"
+        self.links = self.publishing, self.consuming, asking = [Link(place, settings.heartbeat, purpose) for purpose in purposes]
         self.ask = Asking(asking)
         self.ask_consuming = Asking(self.consuming)
         self.topology = Topology(self.ask, asking, settings)
-        self.sender = Sender(publishing, place.max_body, self.topology.layout, self.topology.make_delays)
+        self.sender = Sender(self.publishing, place.max_body, self.topology.layout, self.topology.make_delays)
         self.receivers: set[RabbitReceiver] = set()
 
     async def close(self) -> None:
@@ -53,7 +53,7 @@ class Connected:
 
 
 class RabbitAdapter(Adapter):
-    """RabbitMQ, by quorum queues. Also `HasDepth`, `Peekable`, `Purgeable`, `HasGroups`, `Exportable`."""
+    """RabbitMQ, by quorum queues. Also `HasDepth`, `Peekable`, `Purgeable`, `HasGroups`, `HasWarnings`, `Exportable`."""
 
     schemes: ClassVar[tuple[str, ...]] = ("amqp", "amqps")
     name: ClassVar[str] = "rabbitmq"
@@ -116,6 +116,12 @@ class RabbitAdapter(Adapter):
         """One round trip, or `BrokerUnavailable`."""
         async with self._open.ask("ping") as channel:
             await channel.basic_qos(prefetch_count=0)  # asks for no right
+
+    async def warnings(self, groups: Sequence[tuple[str, str]]) -> Sequence[str]:
+        """An alarm, from the first publish on that meets it."""
+        if groups or not await self._open.publishing.stopped_reading():
+            return ()
+        return ("RabbitMQ takes no messages: it is short of memory or disk. Publishes wait until its alarm is over; handlers go on",)
 
     @property
     def _open(self) -> Connected:

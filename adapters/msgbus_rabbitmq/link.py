@@ -84,6 +84,17 @@ class Link:
             assert isinstance(channel, Channel)  # only its class knows all of its methods' arguments
             return channel
 
+    async def stopped_reading(self) -> bool:
+        """Whether the broker said that it reads nothing from us for now (R11). Waits for nothing."""
+        if self._connection is None or self._connection.is_closed:
+            return False
+        try:
+            async with asyncio.timeout(0):
+                await self._connection.ready()
+        except TimeoutError:
+            return True
+        return False
+
     async def close(self) -> None:
         """In good order if the broker answers; bounded."""
         self._ended = True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from msgbus.contract.adapter import Adapter, HasGroups
+from msgbus.contract.adapter import Adapter, HasGroups, HasWarnings
 from msgbus.errors import BrokerError
 from msgbus.inbound.runner import Runner
 from msgbus.outbound.relay import Relay
@@ -16,7 +16,8 @@ from msgbus.outbound.watch import Watch
 
 log = logging.getLogger("msgbus")
 
-CHECK_UNCLAIMED = 30.0
+LOOK_EVERY = 30.0
+"""Seconds between two looks at topics and groups."""
 COUNTED = ("done", "repeated", "dropped", "dead", "retried", "failed", "expired", "released", "stale_acks")
 
 
@@ -53,15 +54,32 @@ class Health:
 
 
 class Monitor:
-    """Pings the broker while a bus is entered, and looks for topics nobody claims."""
+    """Pings the broker while a bus is entered, and looks for topics nobody claims, and for what its adapter warns of.
 
-    def __init__(self, adapter: Adapter, interval: float, published: Callable[[], Iterable[str]]) -> None:
+    `published`: the topics that were; `handled`: topic and group of each subscription that has one.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        interval: float,
+        published: Callable[[], Iterable[str]],
+        handled: Callable[[], Iterable[tuple[str, str]]] = tuple,
+    ) -> None:
         self.problem: str | None = None
         """Why the last ping failed; None: it did not."""
         self.unclaimed: tuple[str, ...] = ()
         self._adapter = adapter
         self._interval = interval
         self._published = published
+        self._handled = handled
+        self._of_broker: tuple[str, ...] = ()
+        self._of_groups: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What works, and should be looked at."""
+        return [*self._of_broker, *self._of_groups]
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -71,9 +89,15 @@ class Monitor:
             try:
                 async with asyncio.timeout(self._interval):
                     await self._adapter.ping()
+                before = self.warnings
+                self._of_broker = tuple(await self._warnings())
                 if loop.time() >= next_look:
                     await self._look_for_unclaimed()
-                    next_look = loop.time() + CHECK_UNCLAIMED
+                    self._of_groups = tuple([warning for group in [*self._handled()] for warning in await self._warnings(group)])
+                    next_look = loop.time() + LOOK_EVERY
+                for warning in self.warnings:
+                    if warning not in before:
+                        log.warning("broker: %s", warning)
             except (BrokerError, TimeoutError) as error:
                 self._note(str(error) or f"no answer within {self._interval:g} s")
             else:
@@ -84,6 +108,12 @@ class Monitor:
         if (problem is None) != (self.problem is None):
             log.log(logging.INFO if problem is None else logging.WARNING, "broker: %s", problem or "it is back")
         self.problem = problem
+
+    async def _warnings(self, *groups: tuple[str, str]) -> Sequence[str]:
+        if not isinstance(self._adapter, HasWarnings):
+            return ()
+        async with asyncio.timeout(self._interval):
+            return await self._adapter.warnings(groups)
 
     async def _look_for_unclaimed(self) -> None:
         """Each look is as good as a ping, and has its time; together they may take longer, for there may be many topics."""
@@ -106,6 +136,7 @@ def assess(
     if monitor.problem is not None:
         down = True
         problems.append(f"broker: {monitor.problem}")
+    problems += monitor.warnings
     for name in ended:
         down = True
         problems.append(f"{name}: ended by an error; the process must be restarted")

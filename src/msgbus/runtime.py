@@ -78,6 +78,7 @@ class Runtime:
             adapter,
             min(2.0, settings.heartbeat.total_seconds()),
             lambda: [writer.spec.name for writer in self._writers.values()],
+            lambda: [(plan.physical, plan.group) for plan in self.plans if plan.group is not None],
         )
         self.watch = Watch(store) if isinstance(store, TransactionalStore) else None
         self._watching: list[asyncio.Task[None]] = []

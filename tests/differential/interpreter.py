@@ -242,6 +242,11 @@ class Interpreter:
         depth = await adapter.depth(self._stage.name(TOPIC), state.group.name)
         return (depth.ready or 0) + (depth.in_flight or 0) + (depth.delayed or 0)
 
+    async def _left_in_the_end(self, state: GroupState) -> int:
+        """What a killed process had in hand comes back in the broker's own time: who is there must find nothing more to do."""
+        patience = self._seconds if self._processes[state.index] and not self._problems else 0.0
+        return await _until_empty(lambda: self._left(state), asyncio.get_running_loop().time() + patience)
+
     async def _dead(self, state: GroupState) -> list[Letter]:
         """Its dead letters."""
         try:
@@ -254,6 +259,7 @@ class Interpreter:
 
     async def _observed(self, state: GroupState) -> GroupTrace:
         """Of one group, without what is not promised: repetitions where they are allowed, order where there is none."""
+        left = await self._left_in_the_end(state) if state.declared else 0
         log = self._logs[state.index]
         repeats = state.repeats(exact_moves=self._exact_moves)
         unsure = {n for n, owed in state.owed.items() if owed.maybe}
@@ -280,7 +286,7 @@ class Interpreter:
             {key: tuple(numbers) for key, numbers in order.items()},
             {key: tuple(all_of_it) for key, all_of_it in sequence.items()} if self._model.has_sequence(state, repeats) else {},
             {n: tuple(sorted(set(letters) if repeats else letters)) for n, letters in dead.items()},
-            await self._left(state) if state.declared else 0,
+            left,
             tuple(log.overlaps),
         )
 

@@ -327,6 +327,17 @@ class HasGroups(Protocol):
 
 
 @runtime_checkable
+class HasWarnings(Protocol):
+    """An adapter that knows of things which still work, and at which someone should look."""
+
+    async def warnings(self, groups: Sequence[tuple[str, str]]) -> Sequence[str]:
+        """Of these groups (topic, group), or where none are given of the broker itself: each a sentence that names the thing and the way
+        out, and stays the same while the thing does. A group that is not there has none. Asked every few seconds of the broker, which must
+        cost next to nothing, and twice a minute of each group that the process handles."""
+        ...
+
+
+@runtime_checkable
 class Exportable(Protocol):
     """An adapter that can say in its broker's own words what `declare` would make, for operators who make it themselves."""
 

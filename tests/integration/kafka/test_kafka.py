@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
 from tests.brokers import Server
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
@@ -329,6 +330,57 @@ async def test_a_dropped_group_is_noticed_long_before_a_heartbeat(url: str) -> N
         assert await operator.drop_group(topic, "workers")
         with pytest.raises(BrokerUnavailable):
             await take(receiver, 1, seconds=5)
+
+
+async def test_what_is_deleted_before_it_was_read_is_said(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Kafka deletes what is old, whoever has not had it: the log says how many, and the group goes on with what there is."""
+    topic = fresh()
+    async with opened(url, shards=1) as adapter:
+        spec = ReceiverSpec(topic, "workers", window=10)
+        await adapter.declare([TopicSpec(topic)], [spec])
+        sent = [envelope(topic) for _ in range(10)]
+        await adapter.send(sent, timeout=5)
+        admin: Any = importlib.import_module("aiokafka.admin")  # Any: typed by nobody
+        client = admin.AIOKafkaAdminClient(bootstrap_servers=urlsplit(url).netloc)
+        await client.start()
+        try:
+            await client.delete_records({TopicPartition(topic, 0): admin.RecordsToDelete(before_offset=4)})
+        finally:
+            await client.close()
+        receiver = await adapter.open_receiver(spec)
+        taken = await take(receiver, 6)
+        assert [received.envelope.id for received in taken] == [one.id for one in sent[4:]]
+        for received in taken:
+            receiver.ack(received)
+        await receiver.close()
+        assert (await adapter.depth(topic, "workers")).ready == 0
+    (said,) = [record.message for record in caplog.records if "data loss suspected" in record.message]
+    assert "4 messages of" in said
+    assert topic in said
+    assert "workers" in said
+
+
+async def test_who_is_about_to_lose_messages_is_warned(url: str) -> None:
+    """A group is named while its oldest message has waited for half of the time after which Kafka deletes it."""
+    topic = fresh()
+    group = topic, "workers"
+    async with opened(url, shards=2) as adapter:
+        spec = ReceiverSpec(*group)
+        await adapter.declare([TopicSpec(topic, retain=4.0)], [spec, ReceiverSpec(topic, "others")])
+        assert await adapter.warnings([group, (topic, "nobody")]) == []
+        await adapter.send([envelope(topic)], timeout=5)
+        await asyncio.sleep(2.1)  # half of it, by the clock of the record
+        (warning,) = await adapter.warnings([group])
+        assert topic in warning
+        assert "'workers'" in warning
+        assert "4 s" in warning
+        receiver = await adapter.open_receiver(spec)
+        for received in await take(receiver, 1):
+            receiver.ack(received)
+        await receiver.close()
+        assert await adapter.warnings([group]) == []
+        assert await adapter.warnings([]) == []
+        assert len(await adapter.warnings([(topic, "others")])) == 1
 
 
 async def test_many_topics_are_made_a_few_at_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

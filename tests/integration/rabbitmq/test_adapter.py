@@ -235,6 +235,8 @@ async def test_a_broker_short_of_memory_is_waited_for_and_read_from(adapter: Rab
         outcomes = await adapter.send(numbered(topic, range(200, 203)), timeout=1.0)
         assert asyncio.get_running_loop().time() - began < 3
         assert [type(outcome) for outcome in outcomes] == [PublishUnknown] * 3
+        (warning,) = await adapter.warnings([])
+        assert "short of memory or disk" in warning
         old = await taken(receiver, count)
         for received in old:
             receiver.ack(received)
@@ -244,6 +246,7 @@ async def test_a_broker_short_of_memory_is_waited_for_and_read_from(adapter: Rab
     async with asyncio.timeout(60):
         while (await adapter.send(numbered(topic, range(300, 301)), timeout=5.0))[0] is not None:
             pass
+    assert await adapter.warnings([]) == ()
     found = list[int]()
     while 300 not in found:
         batch = await taken(receiver, 1)

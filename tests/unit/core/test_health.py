@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import timedelta
+
+import pytest
 
 from msgbus import Bus, Topic
 from msgbus.contract.adapter import AdapterSettings
 from msgbus.health import Monitor
+from msgbus.settings import Settings
+from msgbus.testing.stage import eventually
 from msgbus_memory import MemoryAdapter
 
 
@@ -34,6 +39,35 @@ async def test_many_topics_do_not_make_a_broker_look_away() -> None:
                 await asyncio.sleep(0.01)
         running.cancel()
     assert list(monitor.unclaimed) == topics
+
+
+class Watchful(MemoryAdapter):
+    """Knows of something that someone should look at, of the broker and of each group."""
+
+    full = True
+
+    async def warnings(self, groups: Sequence[tuple[str, str]]) -> Sequence[str]:
+        return [f"{group} of {topic} falls behind" for topic, group in groups] or ["the disk is nearly full"] * self.full
+
+
+async def test_what_an_adapter_warns_of_is_degraded(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the broker as long as it lasts, and of each group that is handled; each is logged once."""
+    adapter = Watchful.from_url("memory://", {}, AdapterSettings(heartbeat=0.1))
+    bus = Bus(adapter=adapter, service="shop", settings=Settings(heartbeat=timedelta(seconds=0.1)))
+
+    @bus.subscribe(Topic("orders", int))
+    async def handle(order: int) -> None: ...
+
+    async with bus.running():
+        await eventually(lambda: len(bus.health().problems) == 2, 10)
+        health = bus.health()
+        assert (health.status, health.problems) == ("degraded", ("the disk is nearly full", "shop of orders falls behind"))
+        adapter.full = False
+        await eventually(lambda: bus.health().problems == ("shop of orders falls behind",), 10)
+    assert [record.message for record in caplog.records if "broker: " in record.message] == [
+        "broker: the disk is nearly full",
+        "broker: shop of orders falls behind",
+    ]
 
 
 async def test_what_has_not_happened_is_counted_as_zero() -> None:

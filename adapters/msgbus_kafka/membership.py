@@ -95,7 +95,8 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
                 self._carry_out(await self._cluster.committed(orders_id(self._group)))
             if not self._suspended and now >= self._look_at_group:
                 self._look_at_group = now + DROPPED_EVERY
-                if not await self._cluster.committed(self._group):
+                if not any(place.topic == self._stream for place in await self._cluster.committed(self._group)):
+                    self._lose(self._partitions.values())  # its offsets mean nothing in what may be made of that name
                     self._fail(self._dropped())
         except MsgbusError:
             return  # who is away says so by other ways
@@ -231,7 +232,7 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         return partitions
 
     def _dropped(self) -> BrokerUnavailable:
-        return BrokerUnavailable(f"group {self._spec.group!r} of topic {self._spec.topic!r} was dropped")
+        return BrokerUnavailable(f"group {self._spec.group!r} of topic {self._spec.topic!r} was dropped, or the topic was deleted")
 
     def _let_go(self, partition: Partition, offset: int) -> None:
         super()._let_go(partition, offset)

@@ -286,7 +286,7 @@ class Bus(Router, Publishes):
         """The broker's URL, by argument or settings. Secret: it may hold a password. None: none is set, or `adapter=` is there instead."""
         from msgbus.settings import load
 
-        if self._url or self._adapter is not None:
+        if self._url is not None or self._adapter is not None:
             return self._url
         url = load(self._settings).url
         return None if url is None else url.get_secret_value()

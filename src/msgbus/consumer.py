@@ -202,7 +202,7 @@ class Consumer(Generic[M_co]):
             except BrokerError as error:
                 if not error.retryable:
                     raise
-                log.warning("consumer of %s: the broker is away, trying again: %s", self._topic.name, error)
+                log.warning("consumer of %s: cannot receive, trying again: %s", self._topic.name, error)
                 levels, self._levels = self._levels, None
                 if levels is not None:
                     await self._bounded(runtime, levels.close())

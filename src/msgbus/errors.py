@@ -172,6 +172,9 @@ class PublishManyError(BrokerError):
         self.failed = failed
         self.first_unconfirmed = first_unconfirmed
 
+    def __str__(self) -> str:
+        return super().__str__() + (f": {self.__cause__}" if self.__cause__ is not None else "")
+
 
 class AlreadySettled(MsgbusError):
     """A delivery was given a second word. Nothing was sent; `first` is the word that counted."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, overload
 
@@ -17,6 +18,8 @@ from msgbus.errors import ConfigurationError
 
 M = TypeVar("M")
 
+_BROKERS = {"memory": "memory", "rabbitmq": "rabbitmq", "amqp": "rabbitmq", "redis": "redis", "kafka": "kafka"}
+"""What people call the brokers whose adapters are msgbus's own, and their names in `native`. Others' names are their own affair."""
 _MEDIA_TYPE = re.compile(r"(?=.{1,255}$)[!-.0-~]+/[!-.0-~][ -~]*")
 
 
@@ -96,7 +99,10 @@ class Topic(Generic[M]):
             ("native", native, Mapping, "a mapping: name of a broker to its options"),
         )
         for broker, options in (native or {}).items():
+            takes(f"{place}: native", broker, str, "names of brokers")
             takes(f"{place}: native[{broker!r}]", options, Mapping, "a mapping of options")
+            if (meant := get_close_matches(broker, _BROKERS, n=1)) and _BROKERS[meant[0]] != broker:
+                raise ConfigurationError(f"{place}: native[{broker!r}]: no broker is called so; did you mean {_BROKERS[meant[0]]!r}?")
         if key is not None and not callable(key):
             takes(f"{place}: key", key, str, "the name of a field, or a function of the message")
         if content_type is not None and not _MEDIA_TYPE.fullmatch(content_type):

@@ -216,8 +216,7 @@ class Runner:
     async def _back_off(self, error: BrokerError, pause: float) -> float:
         """Waits before the next try, less than `pause` seconds; returns the pause after it."""
         if self.problem is None:
-            why = "the broker is away" if isinstance(error, BrokerUnavailable) else "the broker refuses us"
-            log.warning("%s: %s, trying again: %s", self.plan.name, why, error)
+            log.warning("%s: cannot receive, trying again: %s", self.plan.name, error)
         self.problem = self._hand.last_error = str(error)
         try:
             async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):

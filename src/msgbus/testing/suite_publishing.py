@@ -271,6 +271,7 @@ async def publish_many_keeps_order_and_reports_the_first_unconfirmed(stage: Stag
     error = caught.value
     assert isinstance(error.__cause__, PublishRejected)
     assert (error.first_unconfirmed, error.failed) == (300, 1)
+    assert "full" in str(error)
     assert error.confirmed == len(adapter.sent)
     assert len(read) < 5000, "it went on reading after the failure"
     stored = {_number(envelope) for envelope in adapter.sent}

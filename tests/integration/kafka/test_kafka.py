@@ -360,6 +360,30 @@ async def test_what_is_deleted_before_it_was_read_is_said(url: str, caplog: pyte
     assert "workers" in said
 
 
+async def test_a_topic_that_is_deleted_and_made_again_is_read(url: str) -> None:
+    """Its receivers end within seconds, where aiokafka would look after minutes; who opens one then gets all of the new one."""
+    topic = fresh()
+    async with opened(url, shards=1) as adapter, opened(url) as operator:
+        spec = ReceiverSpec(topic, "workers", window=10)
+        await adapter.declare([TopicSpec(topic)], [spec])
+        await adapter.send([envelope(topic) for _ in range(5)], timeout=5)
+        receiver = await adapter.open_receiver(spec)
+        for received in await take(receiver, 5):
+            receiver.ack(received)
+        cluster = operator._open().cluster
+        await cluster.delete([topic])
+        with pytest.raises(BrokerUnavailable, match="deleted"):
+            await take(receiver, 1)
+        await cluster.create([NewTopic(topic, 1, 1, {})])
+        again = await adapter.open_receiver(spec)
+        sent = [envelope(topic) for _ in range(3)]
+        async with asyncio.timeout(15):
+            while any(await adapter.send(sent[:1], timeout=5)):  # it looks anew who leads
+                pass
+        assert await adapter.send(sent[1:], timeout=5) == [None, None]
+        assert [received.envelope.id for received in await take(again, 3)] == [one.id for one in sent]
+
+
 async def test_who_is_about_to_lose_messages_is_warned(url: str) -> None:
     """A group is named while its oldest message has waited for half of the time after which Kafka deletes it."""
     topic = fresh()

@@ -482,6 +482,8 @@ async def test_refused_at_the_call(name: str, many: bool) -> None:
         (lambda: Topic("a", Order, retain=60), "retain=60: takes a timedelta"),  # type: ignore[call-overload]
         (lambda: Topic("a", Order, key=5), "key=5: takes the name of a field, or a function"),  # type: ignore[call-overload]
         (lambda: Topic("a", Order, native="kafka"), "native='kafka': takes a mapping"),  # type: ignore[call-overload]
+        (lambda: Topic("a", Order, native={"rabbit": {}}), "native['rabbit']: no broker is called so; did you mean 'rabbitmq'"),
+        (lambda: Topic("a", Order, native={"amqps": {}}), "did you mean 'rabbitmq'"),
         (lambda: Topic("a", Order, native={"kafka": 5}), "native['kafka']=5: takes a mapping"),  # type: ignore[dict-item]
         (lambda: Topic("a", bytes, content_type=5), "content_type=5: takes text"),  # type: ignore[call-overload]
         (lambda: Topic("a", bytes, content_type="png"), "'png': type/subtype"),
@@ -628,6 +630,9 @@ async def test_an_unknown_scheme_and_an_unknown_url_option_are_refused() -> None
     """When the bus is entered, naming the scheme, or the option and those that are known."""
     with pytest.raises(UnknownAdapter, match="did you mean memory://"):
         async with Bus("memry://"):
+            pytest.fail("entered")
+    with pytest.raises(UnknownAdapter, match="no scheme"):  # of a variable that is empty, perhaps: no reason to forget everything
+        async with Bus(""):
             pytest.fail("entered")
     with pytest.raises(ConfigurationError, match=r"unknown option 'lmit'.*limit"):
         async with Bus("memory://?lmit=3"):

@@ -28,8 +28,9 @@ TARGETS = {
     "rabbitmq": {"drain": 1.3, "publish": 1.0},
     "kafka": {"drain": 1.0, "publish": 2.0},
 }
-LAYOUTS: dict[str, tuple[int | None, ...]] = {"kafka": (8, 1)}
-"""Partitions of the topic: as msgbus makes it, and as a broker does by itself. It matters: aiokafka's batches are a partition's."""
+LAYOUTS: dict[str, tuple[int | None, ...]] = {"kafka": (None, 8, 1)}
+"""Partitions of the topic. None: each contender's topic as it comes to be without a word, 8 by msgbus and one by a broker itself; then the
+same for both. It matters: aiokafka's batches are a partition's."""
 WHAT = {"drain": f"drain, {IN_FLIGHT} in flight", "publish": f"publish, {PUBLISHERS} in flight"}
 GUARANTEE = (
     "Guarantee of every contender: durable topic or queue, each publish confirmed by the broker, ack after the handler has returned, "
@@ -78,7 +79,7 @@ def measure(broker: str, url: str, what: str, options: Options, shards: int | No
     ours, theirs = names
     ratios = [one[theirs].took.seconds / one[ours].took.seconds for one in kept]
     cpu = {name: statistics.median(one[name].took.cpu / count * 1e6 for one in kept) for name in names}
-    layout = "" if shards is None else f", {shards} partition{'s' if shards > 1 else ''}"
+    layout = {None: ", partitions by default", 1: ", 1 partition"}.get(shards, f", {shards} partitions") if broker in LAYOUTS else ""
     waits = f", each waits {options.work * 1000:g} ms" if options.work and what == "drain" else ""
     notes = [*versions(broker, kept[0].values()), GUARANTEE]
     notes.append(

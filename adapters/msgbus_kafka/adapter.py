@@ -169,7 +169,7 @@ class KafkaAdapter(Adapter):
             "durability": f"acks=all; new topics have {cluster.default_replication} replicas, and no fsync before the confirm",
             "body": f"at most {self._body} bytes",
             "delay": f"at most {MAX_DELAY:g} s, by the clocks of the workers; a key's order is not kept over it",
-            "retention": "without retain= a topic keeps what the broker's log.retention says, read or not",
+            "retention": "without retain= a topic keeps what the broker's log.retention says, read or not, also for a first group",
             "groups": "a group that stays away longer than the broker's offsets.retention.minutes is forgotten",
         }
 

@@ -74,8 +74,9 @@ class Topology:
                 raise TopologyMismatch(what, "a group", "none")
             return
         await self._check_kinds(what, dict.fromkeys(streams, "stream"))
-        since = "0" if again else await self._since(layout, group, start)
-        for reply in await self.links.ask(layout.base, *_group_commands(layout, group, since), what=what):
+        since, first = ("0", False) if again else await self._since(layout, group, start)
+        trim = [self._trim(layout, None)] * first  # what is too old for it may be there yet
+        for reply in await self.links.ask(layout.base, *trim, *_group_commands(layout, group, since), what=what):
             if isinstance(reply, Exception) and "BUSYGROUP" not in str(reply):
                 raise BrokerUnavailable(f"{what}: {reply}") from reply
 
@@ -87,7 +88,7 @@ class Topology:
         groups += [(spec.name, DEAD_GROUP, "earliest") for spec in topics if spec.kind == "dead"]
         for topic, group, start in groups:
             layout = (None if empty else await self.find(topic)) or Layout.of(specs[topic], self.settings.shards)
-            since = await self._since(layout, group, start) if not empty else "0" if start == "earliest" else "$"
+            since = (await self._since(layout, group, start))[0] if not empty else "0" if start == "earliest" else "$"
             commands += _group_commands(layout, group, since)
         return commands
 
@@ -98,13 +99,14 @@ class Topology:
         keyed = ("HSET", layout.key("meta"), "keyed", 1) if spec.keyed else ("HSETNX", layout.key("meta"), "keyed", 0)
         return [*(("HSETNX", layout.key("meta"), name, value) for name, value in facts.items()), keyed]
 
-    async def _since(self, layout: Layout, group: str, start: str) -> str:
-        """Where a group begins. The topic's first one gets what was kept for it, a later one what is retained."""
+    async def _since(self, layout: Layout, group: str, start: str) -> tuple[str, bool]:
+        """Where a group begins, and whether it is the topic's first: that one gets what was kept for it, a later one what is retained."""
         asked = ("HMGET", layout.key("meta"), f"g:{group}", "had"), ("TIME",)
         (known, had), (second, _) = await self.links.run(layout.base, *asked, what=f"group {group!r} of topic {layout.topic!r}")
-        if known or layout.kind == "dead" or (start == "earliest" and not had):
-            return "0"
-        return str(int(second) * 1000 - layout.retain) if start == "earliest" and layout.retain else "$"
+        first = not known and not had and layout.kind != "dead"
+        if known or layout.kind == "dead" or (start == "earliest" and first):
+            return "0", first
+        return str(int(second) * 1000 - layout.retain) if start == "earliest" and layout.retain else "$", first
 
     async def revive(self, layout: Layout, group: str) -> None:
         """A group has vanished under its receiver. Dropped by an operator: `BrokerUnavailable`. By a FLUSHALL, a DEL: it is made again."""

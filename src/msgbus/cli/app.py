@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from msgbus.cli import check, dead, explain, groups, outbox, run, topics
+from msgbus.cli import check, dead, explain, groups, outbox, replay, run, topics
 
 app = typer.Typer(
     help="Runs, checks and explains a service written with msgbus, and looks after its topics, groups and dead letters.",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("run", short_help="Run it until it is told to stop.")(run.run)
 app.command("check", short_help="Refuse what cannot be promised.")(check.check)
 app.command("explain", short_help="Show what is promised, and who keeps it.")(explain.explain)
+app.command("replay", short_help="Hand a group again what a topic retained.")(replay.replay)
 app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
 app.add_typer(dead.app, name="dead")

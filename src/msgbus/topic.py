@@ -101,7 +101,7 @@ class Topic(Generic[M]):
         for broker, options in (native or {}).items():
             takes(f"{place}: native", broker, str, "names of brokers")
             takes(f"{place}: native[{broker!r}]", options, Mapping, "a mapping of options")
-            if (meant := get_close_matches(broker, _BROKERS, n=1)) and _BROKERS[meant[0]] != broker:
+            if (meant := get_close_matches(broker.lower(), _BROKERS, n=1, cutoff=0.8)) and _BROKERS[meant[0]] != broker:
                 raise ConfigurationError(f"{place}: native[{broker!r}]: no broker is called so; did you mean {_BROKERS[meant[0]]!r}?")
         if key is not None and not callable(key):
             takes(f"{place}: key", key, str, "the name of a field, or a function of the message")

@@ -63,7 +63,7 @@ def replay(
         show_json({"topic": topic, "group": group, "since": since.isoformat(), "replayed": count}, indent=None)
     else:
         why = "" if count else ": nothing was published since then, or the topic retains nothing"
-        show(Text(f"group {group!r} of topic {topic!r} is handed {count} messages again{why}"))
+        show(Text(f"group {group!r} of topic {topic!r} is handed {count} message{'s' * (count != 1)} again{why}"))
 
 
 async def _replay(bus: Bus, topic: str, group: str, since: float) -> int:

@@ -483,6 +483,7 @@ async def test_refused_at_the_call(name: str, many: bool) -> None:
         (lambda: Topic("a", Order, key=5), "key=5: takes the name of a field, or a function"),  # type: ignore[call-overload]
         (lambda: Topic("a", Order, native="kafka"), "native='kafka': takes a mapping"),  # type: ignore[call-overload]
         (lambda: Topic("a", Order, native={"rabbit": {}}), "native['rabbit']: no broker is called so; did you mean 'rabbitmq'"),
+        (lambda: Topic("a", Order, native={"RabbitMQ": {}}), "did you mean 'rabbitmq'"),
         (lambda: Topic("a", Order, native={"amqps": {}}), "did you mean 'rabbitmq'"),
         (lambda: Topic("a", Order, native={"kafka": 5}), "native['kafka']=5: takes a mapping"),  # type: ignore[dict-item]
         (lambda: Topic("a", bytes, content_type=5), "content_type=5: takes text"),  # type: ignore[call-overload]

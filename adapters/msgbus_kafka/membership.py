@@ -175,8 +175,9 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         if self._closed or not self._is_member():  # thrown out: others have them
             self._lose(self._partitions.values())
             return
-        committed = await self._commit("clean")
-        self._in_hand = {place for place, partition in self._partitions.items() if partition.held or not committed}
+        await self._commit("clean")
+        partitions = self._partitions.items()  # what was acked meanwhile was not in the commit
+        self._in_hand = {place for place, partition in partitions if partition.held or partition.committed != partition.mark("clean")}
 
     def _claims(self) -> Claims:
         if not self._is_member():

@@ -21,7 +21,8 @@ from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import PRIORITIES, Envelope, new_id
 from msgbus.errors import BrokerUnavailable, ConfigurationError, PublishRejected, PublishUnknown, TopologyMismatch
 from msgbus_kafka import KafkaAdapter
-from msgbus_kafka.cluster import Cluster, NewTopic
+from msgbus_kafka.cluster import Cluster, Committed, NewTopic
+from msgbus_kafka.partition import read_mark
 from msgbus_kafka.url import read_url
 
 SETTINGS = AdapterSettings(heartbeat=2.0, session_timeout=6.0)
@@ -122,19 +123,54 @@ async def test_what_runs_through_a_rebalance_runs_once(url: str) -> None:
         for received in running:
             one.ack(received)
         assert one.stale_acks == 0
-        later = [envelope(topic, key=f"key{number}") for number in range(40)]
+        await shared_and_once(first, topic, one, two)
+
+
+async def test_what_is_acked_while_the_group_shares_out_runs_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are committed when a rebalance begins. What is acked before that commit is answered is not in it, so its partition stays."""
+    topic = fresh()
+    commit = Cluster.commit
+    running: list[Received] = []
+
+    async def acked_meanwhile(self: Cluster, group: str, offsets: Committed, generation: int = -1, member: str = "") -> bool:
+        done = await commit(self, group, offsets, generation, member)
+        if any(read_mark(text).state == "clean" for _, text in offsets.values()):
+            for received in running:
+                one.ack(received)
+            running.clear()
+        return done
+
+    monkeypatch.setattr(Cluster, "commit", acked_meanwhile)
+    async with opened(url) as first, opened(url) as second:
+        spec = ReceiverSpec(topic, "workers", window=100, exclusive=True)
+        await first.declare([TopicSpec(topic, keyed=True)], [spec])
+        one = await first.open_receiver(spec)
+        await first.send([envelope(topic, key=f"key{number}") for number in range(40)], timeout=5)
+        taken = await take(one, 40)
+        running += taken
+        two = await second.open_receiver(spec)
         deadline = time.monotonic() + 15
-        found: dict[str, str] = {}
-        while {*found.values()} != {"one", "two"} or len(found) < 40:
-            assert time.monotonic() < deadline, found
-            if not found:
-                await first.send(later, timeout=5)
-            for name, receiver in (("one", one), ("two", two)):
-                for received in await receiver.receive(100, 0.2):
-                    assert received.envelope.id not in found, "it came twice"
-                    found[received.envelope.id] = name
-                    receiver.ack(received)
-        assert set(found) == {sent.id for sent in later}
+        while running:
+            assert time.monotonic() < deadline
+            await one.receive(1, 0.1)
+        await shared_and_once(first, topic, one, two)
+
+
+async def shared_and_once(adapter: KafkaAdapter, topic: str, one: Receiver, two: Receiver) -> None:
+    """What is sent now comes to both, each message once, and nothing else comes."""
+    later = [envelope(topic, key=f"key{number}") for number in range(40)]
+    deadline = time.monotonic() + 15
+    found: dict[str, str] = {}
+    while {*found.values()} != {"one", "two"} or len(found) < 40:
+        assert time.monotonic() < deadline, found
+        if not found:
+            await adapter.send(later, timeout=5)
+        for name, receiver in (("one", one), ("two", two)):
+            for received in await receiver.receive(100, 0.2):
+                assert received.envelope.id not in found, "it came twice"
+                found[received.envelope.id] = name
+                receiver.ack(received)
+    assert set(found) == {sent.id for sent in later}
 
 
 async def until_shared(one: Receiver, two: Receiver, running: list[Received]) -> None:

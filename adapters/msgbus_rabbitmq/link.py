@@ -7,7 +7,7 @@ ends its channel (R16), so questions are asked on a channel that nothing else de
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
 from ssl import SSLError
 from typing import Any
@@ -23,6 +23,8 @@ from msgbus_rabbitmq.errors import calling
 from msgbus_rabbitmq.url import Place
 
 CLOSE = 3.0
+AT_ONCE = 32
+"""Acks and nacks that a channel has under way to a quorum queue. The broker keeps what is more in the channel until these are applied."""
 
 
 class Transport(TransportFactory):
@@ -142,3 +144,11 @@ class Asking:
             except BaseException:
                 self._spoilt, self._channel = self._channel, None
                 raise
+
+
+async def give_back(channel: Channel, queues: Iterable[str]) -> None:
+    """All that is un-settled, before the channel's end, which overtakes what is more than `AT_ONCE` (R23). `queues`: where it may be more.
+    A get is answered when that many are applied, and then the rest is under way; what is got goes back, too."""
+    for queue in queues:
+        await channel.basic_get(queue)
+    await channel.basic_nack(0, multiple=True, wait=False)

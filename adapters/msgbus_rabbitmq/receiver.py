@@ -16,7 +16,7 @@ from aiormq.abc import DeliveredMessage
 from msgbus.contract.adapter import Received, Receiver, ReceiverSpec, Tenure
 from msgbus.errors import BrokerError, BrokerUnavailable
 from msgbus_rabbitmq.errors import calling
-from msgbus_rabbitmq.link import CLOSE, Asking, Link
+from msgbus_rabbitmq.link import AT_ONCE, CLOSE, Asking, Link, give_back
 from msgbus_rabbitmq.names import Layout, exchange
 from msgbus_rabbitmq.wire import envelope_of
 
@@ -45,6 +45,7 @@ class Hold:
         self._shard = shard
         self._aside: set[int] = set()
         self._came = False
+        self._words = 0
         self._over = True  # until it is open; the core writes into tenures too
         self._channel: Channel
         self._acked: list[int] = []
@@ -106,6 +107,8 @@ class Hold:
                         await self._channel.basic_nack(tag, wait=False)
                 if multiple:
                     await self._channel.basic_nack(mark, multiple=True, wait=False)
+                elif len(tags) > AT_ONCE:
+                    await self._catch_up()  # with the first of them: now all others are under way
                 await self._catch_up()
             again = max((tag for tag, before in self.unsettled.items() if tag > mark and before), default=0)
             tags = [tag for tag, before in self.unsettled.items() if mark < tag < again and not before]
@@ -179,10 +182,12 @@ class Hold:
             acked, self._acked = self._acked, []
             lowest = next(iter(self.unsettled), None)
             up_to = max((tag for tag in acked if lowest is None or tag < lowest), default=0)
+            acks = [up_to] * bool(up_to) + [tag for tag in acked if tag > up_to]
+            self._words += len(returned) + len(acks)
             try:
                 for tag in returned:
                     await self._channel.basic_nack(tag, wait=False)
-                for tag in [up_to] * bool(up_to) + [tag for tag in acked if tag > up_to]:
+                for tag in acks:
                     await self._channel.basic_ack(tag, multiple=tag == up_to, wait=False)
             except (client.AMQPError, client.ChannelInvalidStateError):
                 self._acked += acked  # too late, all of them
@@ -200,24 +205,23 @@ class Hold:
             if not self._over:
                 self._over = True
                 async with calling("closing a channel", CLOSE):
-                    if next(iter(self.unsettled), None) in self._aside:  # and so all but what came last
-                        for tag in self.unsettled.keys() - self._aside:
-                            await self._channel.basic_nack(tag, wait=False)
-                    elif self._shard is None:
-                        await self._channel.basic_nack(0, multiple=True, wait=False)
+                    if self._shard is None:
+                        await give_back(self._channel, self._receiver.consumed if self._words > AT_ONCE else ())
                     await self._channel.close()
         self._over = self.tenure.lost = True
         self.idle.set()
 
     async def _uncount(self) -> None:
         """So that the channel's end will be no death of what is un-settled: where the window is full, or somebody had some of it before.
-        Elsewhere one death alone makes no suspect, and these rounds could only harm the order."""
+        Elsewhere one death alone makes no suspect, and these rounds could only harm the order. What was set aside has gone back already."""
         async with calling("closing a channel", CLOSE):
             await self._catch_up()
             await self._write_soon()
         full = len(self.unsettled) >= self._receiver.spec.window
-        if next(iter(self.unsettled), None) not in self._aside and (full or any(self.unsettled.values())):
-            await self._have_again(list(self.unsettled))
+        aside = self._aside if next(iter(self.unsettled), None) in self._aside else ()
+        tags = [tag for tag in self.unsettled if tag not in aside]
+        if full or any(self.unsettled[tag] for tag in tags):
+            await self._have_again(tags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +252,7 @@ class RabbitReceiver(Receiver):
         self.lost: str | None = None
         self.changed = asyncio.Event()
         self.tags: list[str] = []
-        self._queues: list[str] = []
+        self.consumed: list[str] = []
         self.work: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.buffer: deque[tuple[Hold, DeliveredMessage]] = deque()
@@ -266,7 +270,7 @@ class RabbitReceiver(Receiver):
 
     async def begin(self) -> None:
         """The calls of `open`."""
-        self._queues = await self.queues()
+        self.consumed = await self.queues()
         await self.hold.open(self.terms.link)
         await self._consume()
 
@@ -356,7 +360,7 @@ class RabbitReceiver(Receiver):
 
     async def _consume(self) -> None:
         if not self.tags:
-            self.tags = [await self.hold.consume(queue) for queue in self._queues]
+            self.tags = [await self.hold.consume(queue) for queue in self.consumed]
 
     async def _cancel(self) -> None:
         tags, self.tags = self.tags, []
@@ -423,7 +427,7 @@ class PrivateReceiver(RabbitReceiver):
 
     async def end(self) -> None:
         """Unbound first: what is on its way to a queue that ends is nacked, and its publisher would not know what became of it."""
-        queues, self._queues = self._queues, []
+        queues, self.consumed = self.consumed, []
         with suppress(BrokerError):
             for name in queues if self.lost is None else ():
                 async with self.terms.ask(f"queue {name!r}") as channel:

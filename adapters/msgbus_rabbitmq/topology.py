@@ -21,7 +21,7 @@ from msgbus.contract.address import DEAD_GROUP
 from msgbus.errors import BrokerError, BrokerUnavailable, ConfigurationError, NotFound, TopologyMismatch, UnsupportedFeature
 from msgbus_rabbitmq import names
 from msgbus_rabbitmq.errors import calling, is_locked, is_missing
-from msgbus_rabbitmq.link import Asking, Link
+from msgbus_rabbitmq.link import AT_ONCE, Asking, Link, give_back
 from msgbus_rabbitmq.names import Layout
 from msgbus_rabbitmq.wire import MOVED
 
@@ -234,11 +234,12 @@ class Topology:
 
     async def waiting(self, queue: str) -> AsyncGenerator[DeliveredMessage, None]:
         """What is ready in a queue, oldest first. Held while one looks, then given back uncounted, before the channel's end."""
-        channel = await self._link.channel()
+        channel, got = await self._link.channel(), 0
         try:
             while True:
                 async with calling(f"peeking at {queue!r}"):
                     batch = await _get(channel, queue, BATCH)
+                got += len(batch)
                 for message in batch:
                     yield message
                 if not batch:
@@ -246,7 +247,9 @@ class Topology:
         finally:
             with suppress(BrokerError):  # a call that was cancelled has ended the channel, and who was cancelled must see that
                 async with calling(f"peeking at {queue!r}"):
-                    await channel.basic_nack(0, multiple=True)
+                    await channel.basic_nack(0, multiple=True, wait=False)  # one each, to the queue
+                    if got > AT_ONCE:
+                        await give_back(channel, [queue, queue])  # the second one's answer comes when all of them are applied
                     await channel.close()
 
     async def make_delays(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from tests.brokers import Server
@@ -187,6 +188,70 @@ async def test_a_close_keeps_the_order_of_what_is_published_meanwhile(adapter: R
         assert max(received.crashes for received in batch) <= 1
         for received in batch:
             receiver.ack(received)
+
+
+async def test_many_words_before_a_close_are_all_heard(adapter: RabbitAdapter) -> None:
+    """However many messages a receiver has acked, or given back, when it closes: what was acked does not come again, and what was given
+    back has no death, time and again."""
+    topic, window = f"t{new_id()}", 200
+    spec = ReceiverSpec(topic, "group", window=window)
+    await adapter.declare([TopicSpec(topic)], [spec])
+    await adapter.send(numbered(topic, range(2 * window)), timeout=30)
+    for _ in range(6):
+        receiver = await adapter.open_receiver(spec)
+        batch = await taken(receiver, window // 2)
+        assert [received.crashes for received in batch] == [0] * len(batch)
+        await receiver.drain()
+        await asyncio.gather(*map(receiver.release, batch))
+        await receiver.close()
+    acked = set[int]()
+    while len(acked) < 2 * window:
+        receiver = await adapter.open_receiver(spec)
+        first, *others = batch = await taken(receiver, min(window, 2 * window - len(acked)))
+        assert [received.crashes for received in batch] == [0] * len(batch)
+        assert acked.isdisjoint(numbers(batch))
+        await receiver.drain()
+        for received in others or [first]:
+            receiver.ack(received)
+        acked.update(numbers(others or [first]))
+        await receiver.close()
+
+
+async def test_a_look_is_no_death(adapter: RabbitAdapter) -> None:
+    """Who looks into a group that has many messages gives them back as they were."""
+    topic, count = f"t{new_id()}", 100
+    spec = ReceiverSpec(topic, "group", window=count)
+    await adapter.declare([TopicSpec(topic)], [spec])
+    await adapter.send(numbered(topic, range(count)), timeout=30)
+    for _ in range(3):
+        assert len([envelope async for envelope in adapter.peek(topic, "group")]) == count
+    receiver = await adapter.open_receiver(spec)
+    assert [received.crashes for received in await taken(receiver, count)] == [0] * count
+
+
+async def test_a_quarantine_of_a_large_window_keeps_the_order(adapter: RabbitAdapter) -> None:
+    """In quarantine all of a window but the first message is set aside, and given back in order, with what was published meanwhile: where
+    the window has room, and where it is full."""
+    topic, steps, published = f"t{new_id()}", 8, 10
+    spec = ReceiverSpec(topic, "group", window=100, exclusive=True)
+    await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
+    await adapter.send(numbered(topic, range(published)), timeout=30)
+    receiver = await adapter.open_receiver(replace(spec, quarantine=True))
+    for number in range(steps):
+        (received,) = await taken(receiver, 1)
+        assert numbers([received]) == [number]
+        await adapter.send(numbered(topic, range(published, published + 40)), timeout=30)
+        published += 40
+        receiver.ack(received)
+    await receiver.close()
+    receiver, found = await adapter.open_receiver(spec), list[int]()
+    while len(found) < published - steps:
+        batch = await taken(receiver, 1)
+        assert max(received.crashes for received in batch) <= 1
+        found += numbers(batch)
+        for received in batch:
+            receiver.ack(received)
+    assert found == list(range(steps, published))
 
 
 async def test_a_death_in_the_midst_of_a_close_leaves_nothing_behind(adapter: RabbitAdapter, running: Server) -> None:

@@ -224,9 +224,10 @@ class Cluster:
 
     # ------------------------------------------------------------ groups
 
-    async def committed(self, group: str) -> Committed:
-        """Offset and metadata of every partition that the group has committed."""
-        answer = await self._coordinate(group, OffsetFetchRequest(group, None), "reading the offsets")
+    async def committed(self, group: str, places: Iterable[TopicPartition] | None = None) -> Committed:
+        """Offset and metadata of every partition that the group has committed; or of one a topic of these, as far as it has."""
+        asked = None if places is None else [(place.topic, [place.partition]) for place in places]
+        answer = await self._coordinate(group, OffsetFetchRequest(group, asked), "reading the offsets")
         return {place: (found["offset"], found["metadata"] or "") for place, found in _by_place(answer) if found["offset"] >= 0}
 
     async def commit(self, group: str, offsets: Committed, generation: int = -1, member: str = "") -> bool:

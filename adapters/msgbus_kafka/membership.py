@@ -95,9 +95,10 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
                 self._carry_out(await self._cluster.committed(orders_id(self._group)))
             if not self._suspended and now >= self._look_at_group:
                 self._look_at_group = now + DROPPED_EVERY
-                if not any(place.topic == self._stream for place in await self._cluster.committed(self._group)):
-                    self._lose(self._partitions.values())  # its offsets mean nothing in what may be made of that name
-                    self._fail(self._dropped())
+                ours = {place for place, partition in self._partitions.items() if partition.committed is not None}
+                committed = await self._cluster.committed(self._group)
+                if not (ours <= committed.keys() and any(place.topic == self._stream for place in committed)):
+                    self._forget()
         except MsgbusError:
             return  # who is away says so by other ways
 
@@ -122,12 +123,19 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
         """Commits the heads that moved. False: it could not; what was acked since comes again unless a later commit can."""
         try:
             async with asyncio.timeout(deadline), self._one_commit:
+                for place, partition in [*self._partitions.items()]:  # what transactions leave at the end of a log is no record
+                    partition.position = max(partition.position, await self._consumer.position(place))
                 marks = {partition: partition.mark(state or self._state_of(partition)) for partition in self._partitions.values()}
                 moved = {partition: mark for partition, mark in marks.items() if mark != partition.committed}
                 if not moved or not self._is_member():  # a commit of one who is no member any more counts where the group is empty
                     return not moved
                 offsets = {partition.place: mark for partition, mark in moved.items()}
-                if not await self._cluster.commit(self._group, offsets, self._generation, self._member_id):
+                member = self._generation, self._member_id  # by which we have these; it may change while we ask
+                before = {partition.place.topic: partition.place for partition in moved if partition.committed is not None}
+                if len(await self._cluster.committed(self._group, before.values())) < len(before):
+                    self._forget()  # a commit would pass over what is in the one that was made since
+                    return False
+                if not await self._cluster.commit(self._group, offsets, *member):
                     return False
                 for partition, mark in moved.items():
                     partition.committed = mark
@@ -231,6 +239,12 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             partition.upto = partition.position
             self._consumer.seek(partition.place, partition.position)
         return partitions
+
+    def _forget(self) -> None:
+        """Ends us: what was committed is gone, and our offsets mean nothing in what may be made of that name."""
+        self._lose(self._partitions.values())
+        self._instance = None  # it leaves: whoever came back as it would have the old share, without what is made since
+        self._fail(self._dropped())
 
     def _dropped(self) -> BrokerUnavailable:
         return BrokerUnavailable(f"group {self._spec.group!r} of topic {self._spec.topic!r} was dropped, or the topic was deleted")

@@ -112,7 +112,7 @@ class Operations:
                 kept = int((await self.cluster.configs([base], defaults=True)).get(base, {}).get(RETENTION, -1))
                 if kept < 0:
                     continue
-                recent = await self.cluster.offsets(dict.fromkeys(heads, int(time.time() * 1000 - kept / 2)))
+                recent = await self.cluster.offsets(dict.fromkeys(heads, max(0, int(time.time() * 1000 - kept / 2))))
                 if any(recent[place] > head for place, head in heads.items()):
                     found.append(
                         f"messages of {base!r} wait for {group!r} for more than half of the {kept / 1000:g} s after which Kafka deletes "

@@ -201,15 +201,18 @@ class KafkaReceiver(Receiver):
         """Where the log begins now: Kafka has deleted what is old, whoever has not read it; or it is another log, and all of it is new."""
         for place, start in (await self._cluster.offsets(dict.fromkeys(lost, BEGINNING))).items():
             position, partition = lost[place], self._partitions.get(place)
+            if partition is None or self._suspended:  # a rebalance came between; whoever has it now is told again
+                continue
             what = f"{start - position} messages of" if start > position else "what there was of"
             log.error("data loss suspected: %s %s are gone that %r had not read", what, place, self._spec.group or "a broadcast")
-            if partition is not None and start >= position:
+            if start >= position:
                 partition.position = start
-            elif partition is not None:
+            else:
                 self._lose([partition])
-                self._partitions[place] = Partition(place, start, partition.own, upto=start)
+                self._partitions[place] = Partition(place, start, partition.own, replayed=partition.replayed, upto=start)
             self._consumer.seek(place, start)
             self._dirty.set()
+        self._interrupted = True  # what came meanwhile, from others too, woke nobody
 
     async def _read_in_turn(self, places: Sequence[TopicPartition], wanted: int, now: float) -> None:
         """A share of each partition, then of the next: aiokafka by itself empties one, thousands of records, before it looks at another,
@@ -271,6 +274,8 @@ class KafkaReceiver(Receiver):
 
     async def _wait(self, timeout: float) -> None:
         """Until anything happens: a fetch that came in, room, something that is due."""
+        if self._interrupted:
+            return
         due = min((partition.later[0][0] for partition in self._partitions.values() if partition.later), default=float("inf"))
         self._waiter = waiter = vars(self._consumer)["_fetcher"]._create_fetch_waiter()  # noqa: SLF001  of what is private, the least
         try:

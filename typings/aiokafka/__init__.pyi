@@ -1,6 +1,7 @@
 """What msgbus_kafka uses of aiokafka, which ships no types."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
 from aiokafka.errors import ConsumerStoppedError as ConsumerStoppedError
@@ -62,3 +63,4 @@ class AIOKafkaProducer:
     async def send_and_wait(
         self, topic: str, value: bytes | None = None, key: bytes | None = None, *, headers: Sequence[tuple[str, bytes]] | None = None
     ) -> object: ...
+    def transaction(self) -> AbstractAsyncContextManager[object]: ...

@@ -7,7 +7,8 @@ import contextlib
 import importlib
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -21,7 +22,7 @@ from msgbus.contract.address import DEAD_GROUP, dead_topic
 from msgbus.contract.envelope import PRIORITIES, Envelope, new_id
 from msgbus.errors import BrokerUnavailable, ConfigurationError, PublishRejected, PublishUnknown, TopologyMismatch
 from msgbus_kafka import KafkaAdapter
-from msgbus_kafka.cluster import Cluster, Committed, NewTopic
+from msgbus_kafka.cluster import BEGINNING, END, Cluster, Committed, NewTopic, places_of
 from msgbus_kafka.partition import read_mark
 from msgbus_kafka.url import read_url
 
@@ -38,8 +39,8 @@ def url(running: Server) -> str:
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str, **settings: Any) -> AsyncGenerator[KafkaAdapter, None]:
-    place, read = read_url(url, {}, AdapterSettings(**{"heartbeat": 2.0, "session_timeout": 6.0, **settings}))
+async def opened(url: str, options: Mapping[str, str] | None = None, **settings: Any) -> AsyncGenerator[KafkaAdapter, None]:
+    place, read = read_url(url, options or {}, AdapterSettings(**{"heartbeat": 2.0, "session_timeout": 6.0, **settings}))
     adapter = KafkaAdapter(place, read)
     await adapter.open()
     try:
@@ -65,11 +66,28 @@ async def take(receiver: Receiver, count: int, seconds: float = 15.0) -> list[Re
     return taken
 
 
+async def work(receiver: Receiver) -> None:
+    while True:
+        for received in await receiver.receive(10, 0.5):
+            receiver.ack(received)
+
+
 async def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+async def delete_records(url: str, ends: Mapping[TopicPartition, int]) -> None:
+    """What lies before these offsets, as retention does."""
+    admin: Any = importlib.import_module("aiokafka.admin")  # Any: typed by nobody
+    client = admin.AIOKafkaAdminClient(bootstrap_servers=urlsplit(url).netloc)
+    await client.start()
+    try:
+        await client.delete_records({place: admin.RecordsToDelete(before_offset=end) for place, end in ends.items()})
+    finally:
+        await client.close()
 
 
 async def test_a_slow_head_is_never_committed_over(url: str) -> None:
@@ -376,13 +394,7 @@ async def test_what_is_deleted_before_it_was_read_is_said(url: str, caplog: pyte
         await adapter.declare([TopicSpec(topic)], [spec])
         sent = [envelope(topic) for _ in range(10)]
         await adapter.send(sent, timeout=5)
-        admin: Any = importlib.import_module("aiokafka.admin")  # Any: typed by nobody
-        client = admin.AIOKafkaAdminClient(bootstrap_servers=urlsplit(url).netloc)
-        await client.start()
-        try:
-            await client.delete_records({TopicPartition(topic, 0): admin.RecordsToDelete(before_offset=4)})
-        finally:
-            await client.close()
+        await delete_records(url, {TopicPartition(topic, 0): 4})
         receiver = await adapter.open_receiver(spec)
         taken = await take(receiver, 6)
         assert [received.envelope.id for received in taken] == [one.id for one in sent[4:]]
@@ -396,10 +408,117 @@ async def test_what_is_deleted_before_it_was_read_is_said(url: str, caplog: pyte
     assert "workers" in said
 
 
-async def test_a_topic_that_is_deleted_and_made_again_is_read(url: str) -> None:
-    """Its receivers end within seconds, where aiokafka would look after minutes; who opens one then gets all of the new one."""
+async def test_every_partition_goes_on_at_once(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """aiokafka says of one after the other that it lost messages: the next is not left until something else happens."""
+    topic = fresh()
+    async with opened(url, shards=8) as adapter:
+        spec = ReceiverSpec(topic, "workers", window=10)
+        await adapter.declare([TopicSpec(topic)], [spec])
+        await adapter.send([envelope(topic, key=f"key{number}") for number in range(100)], timeout=5)
+        await delete_records(url, await adapter._open().cluster.offsets(dict.fromkeys(places_of({topic: range(8)}), END)))
+        receiver = await adapter.open_receiver(spec)
+
+        async def receive() -> None:
+            while True:
+                assert await receiver.receive(10, 60.0) == []
+
+        receiving = asyncio.create_task(receive())
+        try:
+            await until(lambda: sum("data loss suspected" in record.message for record in caplog.records) == 8)
+        finally:
+            receiving.cancel()
+            await asyncio.wait({receiving})
+
+
+async def test_a_partition_that_goes_away_while_its_loss_is_looked_at_is_the_others(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has it by then goes on with it; the one that looked goes on without."""
+    topic = fresh()
+    kept, moving = places_of({topic: range(2)})
+    looking, gone = asyncio.Event(), asyncio.Event()
+    offsets = Cluster.offsets
+    async with opened(url) as first, opened(url) as second:
+        spec = ReceiverSpec(topic, "workers", window=100)
+        await first.declare([TopicSpec(topic, shards=2)], [spec])
+        await first.send([envelope(topic, key=f"key{number}") for number in range(100)], timeout=5)
+        await delete_records(url, {moving: 4})
+        mine = first._open().cluster
+        left = (await mine.offsets({moving: END}))[moving] - 4
+
+        async def slow(cluster: Cluster, moments: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
+            if cluster is mine and BEGINNING in moments.values():
+                looking.set()
+                await gone.wait()
+            return await offsets(cluster, moments)
+
+        monkeypatch.setattr(Cluster, "offsets", slow)
+        one = await first.open_receiver(spec)
+
+        async def receive() -> None:
+            while not gone.is_set():
+                for received in await one.receive(100, 30.0):
+                    one.ack(received)
+
+        receiving = asyncio.create_task(receive())
+        async with asyncio.timeout(30):
+            await looking.wait()
+            two = await second.open_receiver(spec)
+            await until(lambda: not vars(one)["_suspended"] and {moving, kept} & vars(one)["_partitions"].keys() == {kept})
+            gone.set()
+            await receiving
+            await take(two, left)
+
+
+async def test_a_topic_that_is_made_again_under_what_is_in_hand_is_read_from_its_beginning(url: str) -> None:
+    """What is acked of the old one is not committed to the new one, of which it would pass as much over."""
     topic = fresh()
     async with opened(url, shards=1) as adapter, opened(url) as operator:
+        spec = ReceiverSpec(topic, "workers", window=10)
+        await adapter.declare([TopicSpec(topic)], [spec])
+        await adapter.send([envelope(topic) for _ in range(20)], timeout=5)
+        receiver = await adapter.open_receiver(spec)
+        taken = await take(receiver, 10)  # aiokafka has the others, so it asks for no more, and hears nothing
+        cluster = operator._open().cluster
+        await cluster.delete([topic])
+        await cluster.create([NewTopic(topic, 1, 1, {})])
+        sent = [envelope(topic) for _ in range(30)]
+        async with asyncio.timeout(15):
+            while any(await operator.send(sent, timeout=5)):
+                pass
+            for received in taken:
+                receiver.ack(received)
+            with pytest.raises(BrokerUnavailable, match="deleted"):
+                await work(receiver)
+        again = await adapter.open_receiver(replace(spec, window=30))
+        assert [received.envelope.id for received in await take(again, 30)] == [one.id for one in sent]
+
+
+async def test_what_transactions_leave_in_a_topic_is_not_waiting(url: str) -> None:
+    """A transaction of another program ends with a mark that is no message: a group that has done all has nothing left."""
+    topic = fresh()
+    producer = AIOKafkaProducer(bootstrap_servers=urlsplit(url).netloc, transactional_id=topic)
+    async with opened(url, shards=1) as adapter:
+        spec = ReceiverSpec(topic, "workers")
+        await adapter.declare([TopicSpec(topic)], [spec])
+        receiver = await adapter.open_receiver(spec)
+        async with asyncio.timeout(60):
+            await producer.start()
+            try:
+                async with producer.transaction():
+                    await producer.send_and_wait(topic, b"{}")
+            finally:
+                await producer.stop()
+            for received in await take(receiver, 1):
+                receiver.ack(received)
+            while (await adapter.depth(topic, "workers")).ready:
+                await receiver.receive(1, 0.2)
+
+
+@pytest.mark.parametrize("options", [{}, {"instance": "one"}], ids=["dynamic", "static"])
+async def test_a_topic_that_is_deleted_and_made_again_is_read(url: str, options: Mapping[str, str]) -> None:
+    """Its receivers end within seconds, where aiokafka would look after minutes; who opens one then gets all of the new one, and not, where
+    members are static, what its last share was."""
+    topic = fresh()
+    async with opened(url, options, shards=1) as adapter, opened(url) as operator:
         spec = ReceiverSpec(topic, "workers", window=10)
         await adapter.declare([TopicSpec(topic)], [spec])
         await adapter.send([envelope(topic) for _ in range(5)], timeout=5)
@@ -441,6 +560,15 @@ async def test_who_is_about_to_lose_messages_is_warned(url: str) -> None:
         assert await adapter.warnings([group]) == []
         assert await adapter.warnings([]) == []
         assert len(await adapter.warnings([(topic, "others")])) == 1
+
+
+async def test_nobody_is_warned_of_what_is_kept_for_ever(url: str) -> None:
+    """Also where that is said by the longest time that Kafka knows: half of it ago, there were no time stamps."""
+    topic = fresh()
+    async with opened(url) as adapter:
+        await adapter.declare([TopicSpec(topic, native={"retention.ms": str(2**63 - 1)})], [ReceiverSpec(topic, "workers")])
+        await adapter.send([envelope(topic)], timeout=5)
+        assert await adapter.warnings([(topic, "workers")]) == []
 
 
 async def test_many_topics_are_made_a_few_at_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,11 @@ from tests.integration.secure import (
     works,
 )
 
+from msgbus.contract.adapter import AdapterSettings
 from msgbus.errors import AuthenticationFailed, BrokerUnavailable, PublishRejected
 from msgbus.testing.stage import Seen
+from msgbus_kafka import KafkaAdapter
+from msgbus_kafka.url import read_url
 
 LEFT = "unclosed (transport|<socket)"
 """aiokafka leaves a connection that was refused to take leave by itself, and a test's event loop may end before that."""
@@ -248,6 +251,20 @@ async def test_who_may_not_create_hears_so(place: Place, namespace: str) -> None
     assert isinstance(error, AuthenticationFailed), error
     assert f"{namespace}orders" in str(error)
     assert "right Create" in str(error)
+
+
+@pytest.mark.parametrize("missing", [("Topic", "DescribeConfigs"), ("Group", "Read")])
+async def test_who_may_not_look_is_not_warned(place: Place, namespace: str, missing: tuple[str, str]) -> None:
+    """Nor is that a trouble of the broker."""
+    async with program(place.of("admin"), namespace, seen=Seen()).running():
+        pass
+    await place.allow("plain", namespace, *[right for right in MAY_RUN if right != missing])
+    adapter = KafkaAdapter(*read_url(place.url("OPEN", "plain"), {}, AdapterSettings()))
+    await adapter.open()
+    try:
+        assert await adapter.warnings([(f"{namespace}orders", "billing")]) == []
+    finally:
+        await adapter.close()
 
 
 async def test_who_may_not_see_a_group_hears_so(place: Place, namespace: str) -> None:

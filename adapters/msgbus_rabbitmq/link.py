@@ -143,6 +143,8 @@ class Asking:
                     yield self._channel
             except BaseException:
                 self._spoilt, self._channel = self._channel, None
+                if await self._link.stopped_reading():  # a new group's name is a publish, too: no question would be answered after it
+                    self._link.abort()
                 raise
 
 

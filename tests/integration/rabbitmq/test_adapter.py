@@ -12,7 +12,7 @@ from tests.torture.proxy import proxy_before
 
 from msgbus.contract.adapter import AdapterSettings, Received, Receiver, ReceiverSpec, TopicSpec
 from msgbus.contract.envelope import Envelope, new_id
-from msgbus.errors import PublishUnknown
+from msgbus.errors import BrokerUnavailable, PublishUnknown
 from msgbus.testing.stage import eventually
 from msgbus.urls import adapter_from_url
 from msgbus_rabbitmq import RabbitAdapter
@@ -285,7 +285,8 @@ async def test_a_death_in_the_midst_of_a_close_leaves_nothing_behind(adapter: Ra
 
 async def test_a_broker_short_of_memory_is_waited_for_and_read_from(adapter: RabbitAdapter, running: Server) -> None:
     """While the memory alarm is on, a publish is unknown in time and what is there is handed out and acked: publishing and consuming
-    have connections of their own. When it is over, publishing goes on by itself, and what was unknown is stored once or not at all."""
+    have connections of their own. Who asks is answered, also after a new group that could not be declared. When it is over, publishing
+    goes on by itself, and what was unknown is stored once or not at all."""
     topic, count = f"t{new_id()}", 40
     spec = ReceiverSpec(topic, "group", window=count)
     await adapter.declare([TopicSpec(topic)], [spec])
@@ -302,6 +303,11 @@ async def test_a_broker_short_of_memory_is_waited_for_and_read_from(adapter: Rab
         assert [type(outcome) for outcome in outcomes] == [PublishUnknown] * 3
         (warning,) = await adapter.warnings([])
         assert "short of memory or disk" in warning
+        with pytest.raises(BrokerUnavailable):  # it has a name to store
+            await adapter.declare([], [ReceiverSpec(topic, "new")])
+        async with asyncio.timeout(10):
+            await adapter.ping()
+            assert await adapter.groups(topic) == ["group"]
         old = await taken(receiver, count)
         for received in old:
             receiver.ack(received)

@@ -200,8 +200,8 @@ class Hold:
         with suppress(BrokerError):
             async with calling("closing a channel", CLOSE):
                 await self._write_soon()
-            if not self._over and self._came and self._shard is not None and self._receiver.terms.modern:
-                await self._uncount()
+            if not self._over and self._came and self._shard is not None:
+                await self._say_all()
             if not self._over:
                 self._over = True
                 async with calling("closing a channel", CLOSE):
@@ -211,16 +211,17 @@ class Hold:
         self._over = self.tenure.lost = True
         self.idle.set()
 
-    async def _uncount(self) -> None:
-        """So that the channel's end will be no death of what is un-settled: where the window is full, or somebody had some of it before.
-        Elsewhere one death alone makes no suspect, and these rounds could only harm the order. What was set aside has gone back already."""
+    async def _say_all(self) -> None:
+        """Every ack is heard. Then, so that the channel's end will be no death of what is un-settled, it is had again where the window is full
+        or somebody had some of it before; elsewhere one death alone makes no suspect, and these rounds could only harm the order. What was
+        set aside has gone back already; before 4.3 no deaths are counted."""
         async with calling("closing a channel", CLOSE):
             await self._catch_up()
             await self._write_soon()
         full = len(self.unsettled) >= self._receiver.spec.window
         aside = self._aside if next(iter(self.unsettled), None) in self._aside else ()
         tags = [tag for tag in self.unsettled if tag not in aside]
-        if full or any(self.unsettled[tag] for tag in tags):
+        if self._receiver.terms.modern and (full or any(self.unsettled[tag] for tag in tags)):
             await self._have_again(tags)
 
 

@@ -217,6 +217,25 @@ async def test_many_words_before_a_close_are_all_heard(adapter: RabbitAdapter) -
         await receiver.close()
 
 
+async def test_many_acks_before_a_shards_close_are_all_heard(adapter: RabbitAdapter) -> None:
+    """Also where each is a word of its own, as those behind one that is not done are; what is left comes in order."""
+    topic, window = f"t{new_id()}", 100
+    spec = ReceiverSpec(topic, "group", window=window, exclusive=True)
+    await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
+    await adapter.send(numbered(topic, range(2 * window)), timeout=30)
+    left = list(range(2 * window))
+    while left:
+        receiver = await adapter.open_receiver(spec)
+        batch = await taken(receiver, min(window, len(left)))
+        assert numbers(batch) == left[: len(batch)]
+        await receiver.drain()
+        acked = batch[1::2] if len(batch) > 10 else batch
+        for received in acked:
+            receiver.ack(received)
+        left = [number for number in left if number not in numbers(acked)]
+        await receiver.close()
+
+
 async def test_a_look_is_no_death(adapter: RabbitAdapter) -> None:
     """Who looks into a group that has many messages gives them back as they were."""
     topic, count = f"t{new_id()}", 100

@@ -212,9 +212,9 @@ class Hold:
         self.idle.set()
 
     async def _say_all(self) -> None:
-        """Every ack is heard. Then, so that the channel's end will be no death of what is un-settled, it is had again where the window is full
-        or somebody had some of it before; elsewhere one death alone makes no suspect, and these rounds could only harm the order. What was
-        set aside has gone back already; before 4.3 no deaths are counted."""
+        """Every ack is heard. Then, so that the channel's end will be no death of what is un-settled, it is had again where the window is
+        full or somebody had some of it before; elsewhere one death alone makes no suspect, and these rounds could only harm the order.
+        What was set aside has gone back already; before 4.3 no deaths are counted."""
         async with calling("closing a channel", CLOSE):
             await self._catch_up()
             await self._write_soon()

@@ -225,9 +225,12 @@ class Cluster:
     # ------------------------------------------------------------ groups
 
     async def committed(self, group: str, places: Iterable[TopicPartition] | None = None) -> Committed:
-        """Offset and metadata of every partition that the group has committed; or of one a topic of these, as far as it has."""
-        asked = None if places is None else [(place.topic, [place.partition]) for place in places]
-        answer = await self._coordinate(group, OffsetFetchRequest(group, asked), "reading the offsets")
+        """Offset and metadata of every partition that the group has committed; or of these, as far as it has."""
+        asked: dict[str, list[int]] = defaultdict(list)
+        for place in places or ():
+            asked[place.topic].append(place.partition)
+        request = OffsetFetchRequest(group, None if places is None else [*asked.items()])
+        answer = await self._coordinate(group, request, "reading the offsets")
         return {place: (found["offset"], found["metadata"] or "") for place, found in _by_place(answer) if found["offset"] >= 0}
 
     async def commit(self, group: str, offsets: Committed, generation: int = -1, member: str = "") -> bool:

@@ -131,8 +131,8 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
                     return not moved
                 offsets = {partition.place: mark for partition, mark in moved.items()}
                 member = self._generation, self._member_id  # by which we have these; it may change while we ask
-                before = {partition.place.topic: partition.place for partition in moved if partition.committed is not None}
-                if len(await self._cluster.committed(self._group, before.values())) < len(before):
+                before = [partition.place for partition in moved if partition.committed is not None]
+                if len(await self._cluster.committed(self._group, before)) < len(before):
                     self._forget()  # a commit would pass over what is in the one that was made since
                     return False
                 if not await self._cluster.commit(self._group, offsets, *member):

@@ -20,7 +20,7 @@ from msgbus_kafka.cluster import BEGINNING, END, Cluster, ended
 from msgbus_kafka.errors import CLIENT_ERRORS, translate
 from msgbus_kafka.names import SOON, group_id, orders_id
 from msgbus_kafka.partition import Partition, State, read_mark, suspects_of
-from msgbus_kafka.receiver import CALL_DEADLINE, LAST_CALL_DEADLINE, KafkaReceiver
+from msgbus_kafka.receiver import CALL_DEADLINE, GOODBYE_DEADLINE, LAST_COMMIT_DEADLINE, KafkaReceiver
 from msgbus_kafka.sharing import Claims, Sharing
 
 LEAVE_AFTER = 1.0
@@ -170,9 +170,9 @@ class GroupReceiver(KafkaReceiver, ConsumerRebalanceListener):
             self._calling.cancel()
         # What is in hand was not given back: the process ends over it, by a handler's SystemExit or so, and that is a death as well.
         died = self._held() and not self._drained
-        await self._commit(None if died else "clean", LAST_CALL_DEADLINE)
+        await self._commit(None if died else "clean", LAST_COMMIT_DEADLINE)
         if self._instance is None and (member := self._coordinator.member_id):
-            await ended(self._cluster.dismiss(self._group, member), LAST_CALL_DEADLINE)
+            await ended(self._cluster.dismiss(self._group, member), GOODBYE_DEADLINE)
 
     # ------------------------------------------------------------ coming and going of partitions
 

@@ -36,7 +36,8 @@ SETTLE_EVERY = 0.05
 """Seconds that an ack may wait for others to travel with it."""
 TEND_EVERY = 1.0
 CALL_DEADLINE = 3.0
-LAST_CALL_DEADLINE = 0.4
+LAST_COMMIT_DEADLINE = 0.6
+GOODBYE_DEADLINE = 0.3
 STOP_DEADLINE = 0.6
 FETCH_WAIT = 100
 """Milliseconds that a fetch waits at the broker; also how long a partition that was left out may wait to be fetched again."""

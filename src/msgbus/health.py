@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from msgbus.contract.adapter import Adapter, HasGroups, HasWarnings
-from msgbus.errors import BrokerError
+from msgbus.errors import MsgbusError
 from msgbus.inbound.runner import Runner
 from msgbus.outbound.relay import Relay
 from msgbus.outbound.watch import Watch
@@ -98,7 +98,7 @@ class Monitor:
                 for warning in self.warnings:
                     if warning not in before:
                         log.warning("broker: %s", warning)
-            except (BrokerError, TimeoutError) as error:
+            except (MsgbusError, TimeoutError) as error:
                 self._note(str(error) or f"no answer within {self._interval:g} s")
             else:
                 self._note(None)

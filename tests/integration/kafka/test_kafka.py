@@ -131,11 +131,7 @@ async def test_what_runs_through_a_rebalance_runs_once(url: str) -> None:
     """A joiner takes only what is not in hand; what is moves when it is settled, and nothing comes twice."""
     topic = fresh()
     async with opened(url) as first, opened(url) as second:
-        spec = ReceiverSpec(topic, "workers", window=100, exclusive=True)
-        await first.declare([TopicSpec(topic, keyed=True)], [spec])
-        one = await first.open_receiver(spec)
-        await first.send([envelope(topic, key=f"key{number}") for number in range(40)], timeout=5)
-        running = await take(one, 40)
+        spec, one, running = await forty_in_hand(first, topic)
         two = await second.open_receiver(spec)
         await until_shared(one, two, running)
         for received in running:
@@ -160,11 +156,7 @@ async def test_what_is_acked_while_the_group_shares_out_runs_once(url: str, monk
 
     monkeypatch.setattr(Cluster, "commit", acked_meanwhile)
     async with opened(url) as first, opened(url) as second:
-        spec = ReceiverSpec(topic, "workers", window=100, exclusive=True)
-        await first.declare([TopicSpec(topic, keyed=True)], [spec])
-        one = await first.open_receiver(spec)
-        await first.send([envelope(topic, key=f"key{number}") for number in range(40)], timeout=5)
-        taken = await take(one, 40)
+        spec, one, taken = await forty_in_hand(first, topic)
         running += taken
         two = await second.open_receiver(spec)
         deadline = time.monotonic() + 15
@@ -172,6 +164,15 @@ async def test_what_is_acked_while_the_group_shares_out_runs_once(url: str, monk
             assert time.monotonic() < deadline
             await one.receive(1, 0.1)
         await shared_and_once(first, topic, one, two)
+
+
+async def forty_in_hand(adapter: KafkaAdapter, topic: str) -> tuple[ReceiverSpec, Receiver, list[Received]]:
+    """A new keyed topic's only receiver, with all of its messages un-settled."""
+    spec = ReceiverSpec(topic, "workers", window=100, exclusive=True)
+    await adapter.declare([TopicSpec(topic, keyed=True)], [spec])
+    receiver = await adapter.open_receiver(spec)
+    await adapter.send([envelope(topic, key=f"key{number}") for number in range(40)], timeout=5)
+    return spec, receiver, await take(receiver, 40)
 
 
 async def shared_and_once(adapter: KafkaAdapter, topic: str, one: Receiver, two: Receiver) -> None:
